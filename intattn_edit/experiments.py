@@ -42,7 +42,7 @@ def draw(facts, # Edits
 def batch_notes(batch) -> dict: # Edits
     "Conflicts, duplicates, collisions and no-ops of a batch, JSON."
     found = check_batch(batch)
-    return {"in words": str(found), "collisions": {s: list(i) for s, i in found.collisions.items()}, "noops": found.noops}
+    return {"report": str(found), "collisions": {s: list(i) for s, i in found.collisions.items()}, "noops": found.noops}
 
 # %% ../nbs/15_experiments.ipynb #3f384f9a
 def by_length(lm, facts, n, seed): # LM; facts; how many, at most; of the order
@@ -302,6 +302,13 @@ def _written(before): # {path: time of the old record or None}
     "How many of these records are new."
     return sum(p.exists() and p.stat().st_mtime_ns != t for p, t in before.items())
 
+def _show_progress(bar, n, text): # tqdm; records so far; what runs
+    "Draw the bar; where there is no terminal, only if something has changed."
+    if bar.disable: return
+    changed, bar.n = (n, text) != (bar.n, bar.desc.removesuffix(": ")), n
+    bar.set_description(text, refresh=False)
+    if changed or sys.stderr.isatty(): bar.refresh()
+
 def run_all(runs, # Runs
             out,  # folder of executed notebooks
             jobs=1, cores=None, quiet=False): # so many at a time; cores shared by them, None: all; without a bar
@@ -311,29 +318,28 @@ def run_all(runs, # Runs
     total, pending, running = sum(len(r.cells) for r in runs), [r for r in runs if due[r.title]], {}
     before = {p: p.stat().st_mtime_ns if p.exists() else None for r in pending for p in map(r.path, due[r.title])}
     have = total - len(before)
-    with tqdm(total=total, initial=have, unit="cell", dynamic_ncols=True, disable=quiet, mininterval=.1) as bar:
+    with tqdm(total=total, initial=have, unit="cell", dynamic_ncols=True, disable=quiet) as bar:
         try:
             while pending or running:
                 while len(running) < jobs and (r := _next(pending, [x for x, _ in running.values()])):
                     pending.remove(r)
                     if r.todo(): process, done = start(r, out, max(1, cores//jobs)); running[process] = (r, done)
+                _show_progress(bar, have + _written(before), " | ".join(r.title for r, _ in running.values()))
                 time.sleep(.2)
-                bar.set_description(" | ".join(r.title for r, _ in running.values()), refresh=False)
-                bar.update(have + _written(before) - bar.n)
                 for p in [p for p in running if p.poll() is not None]:
                     r, done = running.pop(p)
                     if p.returncode or r.todo(): raise RuntimeError(f"{r.title} failed.\n{failure(done)}")
         finally:
             for p in running: stop(p)
-            bar.update(have + _written(before) - bar.n)
+            _show_progress(bar, have + _written(before), "")
     return _written(before)
 
 # %% ../nbs/15_experiments.ipynb #2e944969
 MODELS, DATASETS = ("lab/qwen2", "lab/mistral"), ("lab/zsre", "lab/wiki_counterfact")
 _SIZES = { # size -> (data sets, parameters of fig1, of table1, of fig4)
     "smoke": (DATASETS[:1], dict(n_facts=4, draws=2), dict(Ts=[5], seeds=[0], n_fluency=2), dict(T=5, seeds=[0], step=.5, n_fluency=2)),
-    "reproduce": (DATASETS, dict(n_facts=100, draws=10), dict(Ts=[10, 100, 300, 500], seeds=[[0, 1, 2], [0, 1, 2], [0], [0]]), dict(T=100, seeds=[0])),
-    "paper": (DATASETS, dict(n_facts=100, draws=10), dict(Ts=[10, 100, 300, 500], seeds=[0, 1, 2]), dict(T=100, seeds=[0, 1, 2]))}
+    "reproduce": (DATASETS, dict(n_facts=100, draws=10), dict(Ts=[10, 100, 300, 500], seeds=[[0, 1, 2], [0, 1, 2], [0], [0]], n_fluency=10), dict(T=100, seeds=[0], step=.1, n_fluency=0)),
+    "paper": (DATASETS, dict(n_facts=100, draws=10), dict(Ts=[10, 100, 300, 500], seeds=[0, 1, 2], n_fluency=10), dict(T=100, seeds=[0, 1, 2], step=.1, n_fluency=0))}
 
 def plan(size,          # "smoke", "reproduce" or "paper"
          results,       # folder of the records
@@ -415,7 +421,7 @@ def _show(path): # a path
     "The path as seen from here."
     return os.path.relpath(path)
 
-GRID = dict(lams=[3., 30., 300., 3000.], lrs=[1e-4, 3e-4, 1e-3, 3e-3], epochs=[5, 10, 25, 50]) # of tune: 16 settings for each method
+GRID = dict(lams=[30., 100., 300.], lrs=[3e-3, 1e-2, 3e-2], epochs=[10, 20, 40]) # of tune: 9 settings for each method
 
 def reproduce(size="reproduce", # or "smoke"
               jobs=1, out=None): # notebooks at a time; folder, None: runs/<size>
@@ -492,4 +498,6 @@ def main(argv=None): # of the command line
         return 1
     return 0
 
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

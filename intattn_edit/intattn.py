@@ -54,7 +54,7 @@ class Settings:
     lam_attn: float = 15000.           # weight of C at W_o
     objective: Objective = Objective() # of the targets; its contexts are those of the keys too
     preserve: str | None = None        # as in preserve_texts; None: "lab" for lab models, else "wikipedia"
-    preserve_n: int = 100_000          # texts of it, at most
+    preserve_n: int | None = 100_000   # texts of it, at most; None: all
     compat: str | None = None          # "easyedit": its weights of contexts
 
     def layers(self, lm, kind): # LM; "mlp" or "attn"
@@ -64,7 +64,9 @@ class Settings:
     def statistics(self, lm, store, kinds=("mlp", "attn")):
         "The preserve set's moments for the layers of both pathways: one pass, kept in the store."
         source = self.preserve or ("lab" if lm.name.startswith("lab/") else "wikipedia")
-        return moments_for(lm, preserve_texts(source, self.preserve_n), {k: list(self.layers(lm, k)) for k in kinds}, store)
+        texts = preserve_texts(source, self.preserve_n) if source == "wikipedia" else preserve_texts(source)
+        if self.preserve_n and len(texts) > self.preserve_n: texts = preserve_texts(source, self.preserve_n)
+        return moments_for(lm, texts, {k: list(self.layers(lm, k)) for k in kinds}, store)
     def about(self, lm, edits, **more):
         "Where a delta came from, as JSON."
         facts = [(e.prompt, e.subject, e.target_new) for e in edits]
