@@ -62,8 +62,8 @@ figures: $(SETUP)    ## render figures and tables from the records in data/resul
 
 readme: $(SETUP)     ## write README.md from nbs/index.ipynb
 	@$(PY) -m nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb \
-	  --RegexRemovePreprocessor.patterns '#\|\s*hide'
-	@sed -i 's#\(](\|src="\)\.\./#\1#g' README.md
+	  --RegexRemovePreprocessor.patterns '#\|\s*hide' --TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags hide-input
+	@awk '/^```/ {o = !o; if (o && $$0 == "```") $$0 = "```python"} {gsub(/\]\(\.\.\//, "](")} 1' README.md > README.tmp && mv README.tmp README.md
 
 where: $(SETUP)      ## print which package the commands import
 	@$(PY) -P -c 'import intattn_edit; print(intattn_edit.__file__)'
