@@ -389,7 +389,7 @@ def _draw_all(results): # folder of the records
               "fig4": ("fig4", lambda d: report.alpha_sweep(d, alpha)), "batch_size": ("table1", report.batch_size_lines)}
     return [(name, make(s[e]), s[e]) for name, (e, make) in makers.items() if s[e] is not None]
 
-_CAPTION = "Edits of T facts at once in the lab's models, tested right after."
+_CAPTION = "Edits of T facts at once in the lab's models, tested right after. Batches of different seeds are drawn from the same records and share edits, the more the larger T: intervals at large T are too narrow."
 
 def render(results, # folder of the records
            out):    # folder for figures and tables
