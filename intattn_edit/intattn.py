@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from .store import Store, fingerprint
 from .facts import validate_batch
-from .tracing import known, trace_facts
+from .tracing import known, trace_facts, trace_gradient
 from .balance import balance, fact_alphas
 from .statistics import moments_for, preserve_texts
 from .targets import Objective, find_keys, find_targets, now_at
@@ -25,15 +25,17 @@ def solve_pathway(lm, edits,   # LM; edits
                   where,       # (kind, layer) the targets belong to: ("h", l) or ("attn", l)
                   moments,     # statistics with `kind` in `layers`
                   lam,         # weight of C
-                  contexts=("",), compat=None) -> Delta: # prefixes of the keys, as in find_keys
+                  contexts=("",), compat=None, # prefixes of the keys, as in find_keys
+                  solve=None) -> Delta: # (kind, layer, K, R) -> (A, B); None: Eq. 6, `ridge` with lam C
     "MEMIT's solve (Eq. 6) for one kind of module: a Delta with one column for each edit, weights left as they were."
     names, out, layers = [lm.weight_name(l, kind) for l in sorted(layers)], {}, sorted(layers)
     if layers[-1] > where[1]: raise ValueError(f"layer {layers[-1]} lies above layer {where[1]}, where the target is: it cannot move it")
+    solve = solve or (lambda kind, l, K, R: ridge(K, R, factor(moments.C(kind, l).to(K.device), lam)))
     with keeping(lm, names):
         for l, name in zip(layers, names):
             K = find_keys(lm, edits, [(kind, l)], contexts, compat)[kind, l]
             R = z.to(K).T - now_at(lm, edits, *where).to(K)
-            A, B = ridge(K, spread(R, l, layers), factor(moments.C(kind, l).to(K.device), lam))
+            A, B = solve(kind, l, K, spread(R, l, layers))
             add_to(lm, name, A, B)
             out[name] = (A, B)
     return Delta(out)
@@ -76,7 +78,7 @@ class Settings:
 @dataclass(frozen=True)
 class IntAttn(Settings):
     "IntAttn-Edit (arXiv 2510.27400)."
-    alpha: float | str | tuple = 0.3   # Eq. 12's; "trace", "per-fact", or one number an edit. The paper: 0.3 for Qwen2.5-7B, 0.1 for Mistral-7B
+    alpha: float | str | tuple = 0.3   # Eq. 12's; "trace", "per-fact", "gradient", or one number an edit. The paper: 0.3 for Qwen2.5-7B, 0.1 for Mistral-7B
     reading: str = "A"                 # "A": one target for both pathways; "B": attention has its own
     residual: str = "independent"      # or "sequential"
     trace_n: int = 100                 # facts traced, at most, for alpha="trace"
@@ -85,7 +87,7 @@ class IntAttn(Settings):
         for name, ok in (("reading", ("A", "B")), ("residual", ("independent", "sequential"))):
             if getattr(self, name) not in ok: raise ValueError(f"{name} must be {' or '.join(map(repr, ok))}, not {getattr(self, name)!r}")
         if isinstance(self.alpha, str):
-            if self.alpha not in ("trace", "per-fact"): raise ValueError(f"alpha must be a number, 'trace', 'per-fact' or one number an edit, not {self.alpha!r}")
+            if self.alpha not in ("trace", "per-fact", "gradient"): raise ValueError(f"alpha must be a number, 'trace', 'per-fact', 'gradient' or one number an edit, not {self.alpha!r}")
         elif not all(0 <= a <= 1 for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))): raise ValueError(f"alpha is a share, from 0 to 1, not {self.alpha}")
 
     def __call__(self, lm, edits,       # LM; edits, no two of which ask for different objects of one subject and relation
@@ -100,26 +102,30 @@ class IntAttn(Settings):
         return delta
 
 # %% ../nbs/11_intattn.ipynb #912d8fae
+_READ = dict(kinds=("mlp", "attn"), roles=("last subject",)) # what Eq. 12 reads of a trace
+
 def _alphas(self, lm, edits): # LM, edits
     "alpha as a float64 tensor: one number, or `[n]`."
     mlp, attn = self.layers(lm, "mlp"), self.layers(lm, "attn")
     if self.alpha == "trace":
         facts = known(lm, edits)
         if not facts: raise ValueError("alpha='trace' needs facts that the model knows, and it knows none of these: give alpha as a number, or trace other facts with trace_facts and balance")
-        return torch.tensor(balance(trace_facts(lm, facts[:self.trace_n], ("mlp", "attn")), mlp, attn).alpha, dtype=torch.float64)
-    if self.alpha == "per-fact": return torch.tensor(fact_alphas(trace_facts(lm, edits, ("mlp", "attn")), mlp, attn).tolist(), dtype=torch.float64)
+        return torch.tensor(balance(trace_facts(lm, facts[:self.trace_n], **_READ), mlp, attn).alpha, dtype=torch.float64)
+    if self.alpha in ("per-fact", "gradient"):
+        trace = (trace_facts if self.alpha == "per-fact" else trace_gradient)(lm, edits, **_READ)
+        return torch.tensor(fact_alphas(trace, mlp, attn).tolist(), dtype=torch.float64)
     a = torch.tensor(self.alpha, dtype=torch.float64)
     if a.ndim and len(a) != len(edits): raise ValueError(f"{len(a)} alphas for {len(edits)} edits: give one number, or one for each")
     return a
 
-def _pathways(self, lm, edits, a, store=Store("auto"), moments=None): # a: alpha as a tensor; only residual="sequential" looks at it
+def _pathways(self, lm, edits, a, store=Store("auto"), moments=None, attn=None): # a: alpha as a tensor, which only residual="sequential" looks at; attn: its update, if it is solved already
     "The two unscaled updates of Eq. 13, (MLP, attention)."
     moments = moments or self.statistics(lm, store)
     h, last = ("h", max(self.layers(lm, "mlp"))), max(self.layers(lm, "attn"))
     find = lambda where: find_targets(lm, edits, where[1], where[0], self.objective, store=store).z
     z, where = find(h), h if self.reading == "A" else ("attn", last)
     solve = lambda kind, z, where: solve_pathway(lm, edits, kind, self.layers(lm, kind), z, where, moments, self.lam_mlp if kind == "mlp" else self.lam_attn, self.objective.contexts, self.compat)
-    attn = solve("attn", z if where == h else find(where), where)
+    attn = attn or solve("attn", z if where == h else find(where), where)
     if self.residual == "independent": return solve("mlp", z, h), attn
     with attn.scaled(a).applied(lm): return solve("mlp", z, h), attn
 

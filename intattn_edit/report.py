@@ -35,6 +35,7 @@ def _check(record, name, cell):
         if not isinstance(record, dict) or field not in record: _fail(name, field, "missing", rerun)
     for field in cell:
         if record["cell"].get(field) is None: _fail(name, f"cell.{field}", "missing", rerun)
+    for field in {"experiment", "metric", "value", "n_cases", "case", "id"} & set(record["cell"]): _fail(name, f"cell.{field}", "is the name of another column", "rename it")
     for metric, value in record["metrics"].items():
         if value is None: continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -88,17 +89,19 @@ def load_cases(
 ):
     """Read the single cases of records, one row per cell, metric and case that has a value.
 
-    Columns: experiment, every field of the cell, metric, case (position in the record), value.
+    Columns: experiment, every field of the cell, metric, case (position in the record), id (of the edit; None if the record names none), value.
     Raises ValueError where the mean of the cases is not the record's metric (0.1 % or 0.01 apart)."""
     rows = []
     for name, record in _checked(source, cell):
+        ids = record.get("case_ids")
         for metric, values in (record.get("cases") or {}).items():
             kept = [(i, float(v)) for i, v in enumerate(values or []) if v is not None]
             if not kept: continue
+            if ids and len(ids) != len(values): _fail(name, "case_ids", f"{len(ids)} for {len(values)} cases of {metric}", "delete the record and run its cell again")
             mean, value = np.mean([v for _, v in kept]), record["metrics"].get(metric)
             if value is None or abs(mean - value) > max(0.01, 1e-3 * abs(value)):
                 _fail(name, f"cases.{metric}", f"mean {mean:.4g}, but metrics.{metric} is {value}", "save both on one scale")
-            rows += [{"experiment": record["experiment"], **record["cell"], "metric": metric, "case": i, "value": v} for i, v in kept]
+            rows += [{"experiment": record["experiment"], **record["cell"], "metric": metric, "case": i, "id": ids[i] if ids else None, "value": v} for i, v in kept]
     return pd.DataFrame(rows)
 
 # %% ../nbs/13_report.ipynb #ce7270a0
@@ -183,7 +186,7 @@ def summarise(
 # %% ../nbs/13_report.ipynb #e0c36e8c
 METRICS = {"edit_success": ("Edit success", "%"), "generalisation": ("Generalisation", "%"), "portability": ("Portability", "%"),
            "locality": ("Locality", "%"), "fluency": ("Fluency", "bits × 100")}
-METHODS = ("before", "MEMIT", "IntAttn A", "IntAttn B", "FT")
+METHODS = ("before", "MEMIT", "MEMIT wide", "ROME", "EMMET", "PMET", "PMET both", "AlphaEdit", "IntAttn A", "IntAttn B", "attention alone", "FT", "FT-L", "LoRA")
 BASELINE = "before"
 
 def _ordered(values, first):
@@ -200,7 +203,7 @@ def _best(cells, lower):
 
 # %% ../nbs/13_report.ipynb #c631c426
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "–": "--", "†": r"$^\dagger$"}
+          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "–": "--", "−": "$-$", "†": r"$^\dagger$"}
 _MARKDOWN = {c: "\\" + c for c in "\\|*_<`"}
 
 def _escape(text, how): return "".join(how.get(c, c) for c in str(text))
@@ -441,10 +444,10 @@ def _lines(ax, part, title, sets=None):
     ax.axhline(0, color=_GREY, linewidth=.5)
     ax.set_title(title)
 
-def _share_legend(fig, axes):
+def _share_legend(fig, axes, columns=5):
     "One legend above all panels, each label once."
     found = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(len(found), 5))
+    fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(len(found), columns))
 
 # %% ../nbs/13_report.ipynb #371f64f1
 @style()
@@ -504,8 +507,12 @@ def alpha_sweep(
 # %% ../nbs/13_report.ipynb #c44fc3bd
 _METHODS = {"before": dict(color=_GREY, marker="", linestyle=":"), "MEMIT": dict(color=_BLUE, marker="o", linestyle="--"),
             "IntAttn A": dict(color=_RED, marker="s", linestyle="-"), "IntAttn B": dict(color=_PINK, marker="D", linestyle="-"),
-            "FT": dict(color=_GREEN, marker="^", linestyle="-.")}
-_OTHERS = (dict(color=_ORANGE, marker="v", linestyle="--"), dict(color=_SKY, marker="P", linestyle="--"), dict(color="black", marker="x", linestyle="--"))
+            "FT": dict(color=_GREEN, marker="^", linestyle="-."), "FT-L": dict(color=_GREEN, marker="1", linestyle=":"), "LoRA": dict(color="black", marker="x", linestyle="-."),
+            "MEMIT wide": dict(color=_SKY, marker="h", linestyle="--"), "attention alone": dict(color=_ORANGE, marker="v", linestyle=":"),
+            "ROME": dict(color="#332288", marker="<", linestyle=":"), "EMMET": dict(color="#332288", marker="P", linestyle="--"),
+            "PMET": dict(color="#882255", marker=">", linestyle="--"), "PMET both": dict(color="#882255", marker="X", linestyle="-."),
+            "AlphaEdit": dict(color="#999933", marker="p", linestyle="--")}
+_OTHERS = (dict(color=_GREY, marker="v", linestyle="--"), dict(color=_GREY, marker="P", linestyle="-."), dict(color=_GREY, marker="d", linestyle=":"))
 
 def _looks(methods):
     "A look for each method: its own, or one of the spare ones in turn."

@@ -7,6 +7,7 @@ __all__ = ['context_weights', 'at_subject', 'find_keys', 'site', 'now_at', 'Obje
 
 # %% ../nbs/08_targets.ipynb #9a0c69b3
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 import torch
 from tqdm.auto import tqdm
 from . import hooks, tokens
@@ -58,6 +59,13 @@ def site(lm, kind, layer): # "h" for the block's output, "attn" or "mlp" for wha
     "The module whose output carries the target."
     return lm.block(layer) if kind == "h" else lm.added(layer, kind)
 
+def _kinds(kind): # a kind of `site`, or a tuple of them
+    "The kinds as a tuple. ValueError for what cannot be a target together."
+    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    if not kinds or len(set(kinds)) < len(kinds) or ("h" in kinds and len(kinds) > 1):
+        raise ValueError(f"kind must be 'h', 'attn', 'mlp', or a tuple such as ('attn', 'mlp'), not {kind!r}: no site twice, and the block's output 'h' only by itself")
+    return kinds
+
 def now_at(lm, edits, kind, layer, max_tokens=16384): # LM; edits; as in `site`
     "What is there now: `[d_model, n]` at the subject's last token of the bare prompt."
     rows = [encode(lm, e.prompt, e.subject) for e in edits]
@@ -78,8 +86,8 @@ class Objective:
 # %% ../nbs/08_targets.ipynb #031f44a7
 class _Chunk:
     "Some edits, recorded: all that a step of the optimiser needs."
-    def __init__(self, lm, edits, kind, layer, objective):
-        self.lm, self.kind, self.layer, self.objective, C = lm, kind, layer, objective, len(objective.contexts)
+    def __init__(self, lm, edits, kinds, layer, objective):
+        self.lm, self.kinds, self.layer, self.objective, C = lm, kinds, layer, objective, len(objective.contexts)
         full = [encode(lm, e.prompt, e.subject, e.target_new, context=c) for e in edits for c in objective.contexts]
         rows = [replace(r, ids=r.ids[:-1], target=None) for r in full] + [encode(lm, f"{e.subject} is a", e.subject) for e in edits]
         batch, n = collate(rows, lm.pad_id, align=[r.subject_last for r in rows]).to(lm.device), len(edits)
@@ -88,28 +96,28 @@ class _Chunk:
         self.owner = torch.cat([each.repeat_interleave(C), each]) # the edit of each row
         labels = [(i, r.prompt_len - 1 + j - r.subject_last, t, 1/(C*len(r.target_ids))) for i, r in enumerate(full) for j, t in enumerate(r.target_ids)]
         self.row, self.at, self.token, self.weight = (torch.tensor(x, device=lm.device) for x in zip(*labels))
-        with capture({"z": site(lm, kind, layer)}) as seen: self.tape = record(lm, batch)
-        self.h0 = seen["z"][:n*C:C, self.col].float()
+        with capture({k: site(lm, k, layer) for k in kinds}) as seen: self.tape = record(lm, batch)
+        self.h0 = torch.stack([seen[k][:n*C:C, self.col] for k in kinds], 1).float()
         self.n_rewrite, self.before = n*C, lm.unembed(self.tape.h[lm.n_layers][n*C:, self.col]).log_softmax(-1)
 
-    def losses(self, delta, edits): # [n, d_model]; indices of the edits that are still open
+    def losses(self, delta, edits): # [n, sites, d_model]; indices of the edits that are still open
         "Loss `[len(edits)]` of each of these edits."
         lm, col, o = self.lm, self.col, self.objective
         pos = torch.full((len(delta),), -1, device=delta.device); pos[edits] = torch.arange(len(edits), device=delta.device)
         rows = (pos[self.owner] >= 0).nonzero()[:, 0]
         new = torch.full((len(self.owner),), -1, device=delta.device); new[rows] = torch.arange(len(rows), device=delta.device)
-        add = lambda y: torch.cat([y[:, :1] + delta[self.owner[rows], None].to(y), y[:, 1:]], 1)
-        first = self.layer + (self.kind == "h")
+        add = lambda i, y: torch.cat([y[:, :1] + delta[self.owner[rows], i, None].to(y), y[:, 1:]], 1)
+        first = self.layer + (self.kinds == ("h",))
         h = self.tape.h[first][rows, col:]
-        if self.kind == "h": h = add(h)
+        if self.kinds == ("h",): h = add(0, h)
         for l in range(first, lm.n_layers):
-            with patch({site(lm, self.kind, l): add} if l == self.layer else {}): h = self.tape.run(h, l, col, rows)
+            with patch({site(lm, k, l): partial(add, i) for i, k in enumerate(self.kinds)} if l == self.layer else {}): h = self.tape.run(h, l, col, rows)
         mine = new[self.row] >= 0
         logp = lm.unembed(h[new[self.row[mine]], self.at[mine]]).log_softmax(-1).gather(1, self.token[mine, None])[:, 0]
         nll = torch.zeros(len(edits), device=delta.device).index_add(0, pos[self.owner[self.row[mine]]], -logp*self.weight[mine])
         after = lm.unembed(h[new[self.n_rewrite + edits], 0]).log_softmax(-1)
         kl = (after.exp() * (after - self.before[edits])).sum(-1)
-        return nll + o.kl*kl + o.weight_decay*delta[edits].norm(dim=-1)/self.h0[edits].norm(dim=-1)**2
+        return nll + o.kl*kl + (o.weight_decay*delta[edits].norm(dim=-1)/self.h0[edits].norm(dim=-1)**2).sum(-1)
 
 # %% ../nbs/08_targets.ipynb #fff66e87
 def _optimise(chunk): # _Chunk
@@ -138,7 +146,7 @@ def _optimise(chunk): # _Chunk
 # %% ../nbs/08_targets.ipynb #4cf0664d
 @dataclass
 class Targets:
-    "Targets `z = h0 + delta`, `[n, d_model]`, with the last loss and the number of evaluations of each edit, `[n]`."
+    "Targets `z = h0 + delta`, `[n, d_model]` (of a tuple of sites `[n, sites, d_model]`, in its order), with the last loss and the number of evaluations of each edit, `[n]`."
     z: torch.Tensor
     h0: torch.Tensor
     loss: torch.Tensor
@@ -148,18 +156,19 @@ class Targets:
 
 def _find(lm, edits, kind, layer, objective, max_tokens, progress):
     "Targets of all edits, a chunk at a time."
-    out = Targets(*(torch.zeros(len(edits), lm.d_model) for _ in range(2)), torch.zeros(len(edits)), torch.zeros(len(edits), dtype=torch.long))
+    kinds = _kinds(kind)
+    out = Targets(*(torch.zeros(len(edits), len(kinds), lm.d_model) for _ in range(2)), torch.zeros(len(edits)), torch.zeros(len(edits), dtype=torch.long))
     rows = [encode(lm, e.prompt, e.subject, e.target_new, context=max(objective.contexts, key=len)) for e in edits]
     with tqdm(total=len(edits), desc=f"targets {kind} {layer}", disable=not progress) as bar:
         for part in batches(rows, max(1, max_tokens//(len(objective.contexts) + 1))):
-            chunk = _Chunk(lm, [edits[i] for i in part], kind, layer, objective)
+            chunk = _Chunk(lm, [edits[i] for i in part], kinds, layer, objective)
             delta, loss, steps = _optimise(chunk)
             if not (delta.isfinite().all() and loss.isfinite().all()):
                 bad = next(i for i, d, l in zip(part, delta, loss) if not (d.isfinite().all() and l.isfinite()))
                 raise ValueError(f"the target of edit {edits[bad].case_id or bad} ({edits[bad].prompt!r} -> {edits[bad].target_new!r}) is not finite: lower the learning rate ({objective.lr})")
             for name, x in (("z", chunk.h0 + delta), ("h0", chunk.h0), ("loss", loss), ("steps", steps)): getattr(out, name)[part] = x.cpu().to(getattr(out, name).dtype)
             bar.update(len(part))
-    return out
+    return replace(out, z=out.z[:, 0], h0=out.h0[:, 0]) if isinstance(kind, str) else out
 
 # %% ../nbs/08_targets.ipynb #80684dc1
 def _shelved(lm, edits, shelf, find): # file that holds targets of this model, site and objective; function of the edits it lacks
@@ -177,7 +186,7 @@ def _shelved(lm, edits, shelf, find): # file that holds targets of this model, s
 # %% ../nbs/08_targets.ipynb #c17f4cd0
 def find_targets(lm, edits,             # LM; edits
                  layer,                 # where the target sits
-                 kind="h",              # "h": output of the block (MEMIT); "attn": what attention adds there (reading B)
+                 kind="h",              # "h": output of the block (MEMIT); "attn": what attention adds there (reading B); "mlp"; ("attn", "mlp"): both at once (PMET)
                  objective=Objective(),
                  max_tokens=8192,       # tokens optimised together
                  store=None,            # a Store: targets once found are read again, edit by edit
