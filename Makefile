@@ -39,7 +39,7 @@ reproduce paper: export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) > $(JOBS) 
 help:       ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-reproduce: $(SETUP)  ## recompute every figure and part of table 1 from nothing into runs/, and compare (SIZE=smoke: a sample of it)
+reproduce: $(SETUP)  ## recompute the main figures and part of table 1 from nothing into runs/, and compare (SIZE=smoke: a sample of it)
 	@$(PY) -m intattn_edit.experiments reproduce --size $(SIZE) --jobs $(JOBS)
 
 test: $(SETUP)       ## run every notebook's tests; the last line counts the notebooks

@@ -339,14 +339,15 @@ _SIZES = { # size -> runs: (notebook, models, data sets or None, its other param
     "smoke": [("fig1_tracing", MODELS, None, dict(n_facts=4, draws=2)), ("fig2_contributions", MODELS, None, {}),
               ("table1", MODELS, DATASETS[:1], dict(Ts=[5], seeds=[0], n_fluency=2)), ("fig4_alpha", MODELS[:1], DATASETS[:1], dict(T=5, seeds=[0], step=.5)),
               ("fronts", MODELS[:1], DATASETS[:1], {})],
-    "reproduce": [("fig1_tracing", MODELS, None, dict(n_facts=50, draws=10)), ("table1", MODELS, DATASETS, dict(Ts=[10, 100], seeds=[0], n_fluency=10)),
+    "reproduce": [("fig1_tracing", MODELS, None, dict(n_facts=50, draws=10)), ("table1", MODELS, DATASETS[:1], dict(Ts=[10, 100], seeds=[0], n_fluency=10)),
                   ("fronts", MODELS, DATASETS[:1], _FRONTS | dict(seeds=[0], methods=["MEMIT", "IntAttn A"])),
                   ("fig4_alpha", MODELS, DATASETS[:1], dict(T=100, seeds=[0], step=.1, readings=["A"], residuals=["independent"])), ("fig2_contributions", MODELS, None, {})],
     "paper": [("fig1_tracing", FAMILIES, None, dict(n_facts=100, draws=10)),
               ("table1", MODELS, DATASETS, dict(Ts=[10, 100, 300, 500], seeds=[0, 1, 2], n_fluency=10)), ("table1", FAMILIES[2:], DATASETS, dict(Ts=[100], seeds=[0, 1, 2], n_fluency=10)),
-              ("fronts", MODELS, DATASETS, _FRONTS | dict(seeds=[0, 1, 2])), ("fig4_alpha", MODELS, DATASETS, dict(T=100, seeds=[0, 1, 2], step=.2, readings=["A", "B"], residuals=["independent", "sequential"])),
-              ("modes", MODELS, DATASETS, dict(T=100, seeds=[0, 1, 2])), ("layers", MODELS, DATASETS, dict(T=100, seeds=[0, 1, 2])), ("protocols", MODELS, DATASETS, dict(T=100, seeds=[0, 1, 2], methods=["before", "MEMIT", "IntAttn A", "IntAttn B", "EMMET", "PMET", "AlphaEdit", "FT", "LoRA"])),
-              ("sequence", MODELS, DATASETS[1:], dict(T=50, n=8, seeds=[0, 1, 2], methods=["MEMIT", "IntAttn A", "EMMET", "PMET", "AlphaEdit", "FT"])), ("preserve", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2])),
+              ("fronts", MODELS, DATASETS, _FRONTS | dict(seeds=[0, 1, 2])), ("fig4_alpha", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2], step=.2)), ("fig4_alpha", MODELS, DATASETS[1:], dict(T=100, seeds=[0, 1, 2], step=.2, residuals=["independent"])),
+              ("modes", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2])), ("layers", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2])), ("protocols", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2], methods=["before", "MEMIT", "IntAttn A", "IntAttn B", "EMMET", "PMET", "AlphaEdit", "FT", "LoRA"])),
+              ("sequence", MODELS, DATASETS[1:], dict(T=50, n=6, seeds=[0, 1, 2], methods=["MEMIT", "IntAttn A", "AlphaEdit", "FT"])),
+              ("preserve", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2], sources=["lab", "one relation", "shuffled"])),
               ("conditioning", MODELS, DATASETS[:1], dict(T=100)), ("cost", MODELS, None, dict(T=100)), ("fig2_contributions", FAMILIES, None, {})]}
 
 def plan(size,          # "smoke", "reproduce" or "paper"
@@ -364,7 +365,7 @@ def plan(size,          # "smoke", "reproduce" or "paper"
 
 
 # %% ../nbs/15_experiments.ipynb #078889d6
-_AXIS = {"table1": (), "fig4": ("reading", "residual", "alpha"), "fronts": ("knob", "setting"), "modes": ("mode",), "layers": ("attn_layers",), "protocols": (), "sequence": ("n", "step"), "preserve": ("source", "multiple")}
+_AXIS = {"table1": (), "fig4": ("reading", "residual", "alpha"), "fronts": ("knob", "setting"), "modes": ("mode",), "layers": ("attn_layers",), "sequence": ("n", "step"), "preserve": ("source", "multiple")}
 _SHOWN = {"sequence": [f"{r}{m}" for r in ("", "retained:") for m in ("edit_success", "generalisation", "locality")]} # metrics of an experiment; else those of the table
 _CELLS = {e: (*report.CELL, *axis) for e, axis in _AXIS.items()} # what a cell of edited batches is made of
 _BY = {"fig1": ("model", "kind", "layer", "role"), "fig2": ("model", "kind", "layer", "subject_tokens")} | {e: ("dataset", "model", "method", "T", *axis, "metric") for e, axis in _AXIS.items()}

@@ -365,7 +365,7 @@ def sequence_lines(
     return _settle(fig)
 
 # %% ../nbs/13b_fronts.ipynb #ae1768ce
-MODES = {"fixed": "fixed", "traced": "traced, per model", "per-fact": "traced, per fact", "gradient": "gradient, per fact", "random": "random", "tuned": "tuned"}
+MODES = {"fixed": "fixed", "model": "traced, per model", "fact": "traced, per fact", "gradient": "gradient, per fact", "shuffled": "traced, of other facts", "random": "random, per batch", "random fact": "random, per fact", "tuned": "tuned"}
 
 def _in_order(sets):
     "Layer sets by their first layer, then by their length; other names after them."

@@ -474,7 +474,8 @@ def layer_contributions(
     return _settle(fig)
 
 # %% ../nbs/13_report.ipynb #c05aef00
-_READINGS = {"A": dict(color=_RED, marker="s", linestyle="-"), "B": dict(color=_PINK, marker="D", linestyle="--")}
+_READINGS = {"A": dict(color=_RED, marker="s", linestyle="-"), "B": dict(color=_PINK, marker="D", linestyle="--"),
+             "A, sequential": dict(color=_BLUE, marker="o", linestyle=":"), "B, sequential": dict(color=_SKY, marker="^", linestyle="-.")}
 
 def _small_multiples(df, label):
     "A figure with a row of panels per (model, data set) and a column per metric; `label` names the x axis. Returns it with its panels by name."
@@ -537,6 +538,8 @@ def batch_size_lines(
     for ax in axes.flat:
         ax.set_xticks(range(len(sizes)), [str(t) for t in sizes])
         ax.set_xlim(-.5, len(sizes) - .5)
+    for (*_, metric), ax in panels.items(): # intervals over few seeds leave what is possible
+        if METRICS.get(metric, ("", ""))[1] == "%": ax.set_ylim(max(ax.get_ylim()[0], -3), min(ax.get_ylim()[1], 103))
     _share_legend(fig, axes)
     return _settle(fig)
 
