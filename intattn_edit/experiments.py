@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-import nbformat, pandas as pd, psutil
+import nbformat, pandas as pd, psutil, yaml
 from . import fronts, report
 from .store import atomic, data_dir, fingerprint, load_json, project_root, save_json
 from .facts import check_batch, dedupe, load_facts, subset
@@ -111,7 +111,7 @@ _GRIDS = { # experiment -> cells of its parameters
     "fig4": lambda p: [_batch(p, s) | dict(method=f"IntAttn {r}", alpha=a, reading=r, residual=m) for s in p["seeds"] for r in p["readings"] for m in p["residuals"] for a in alphas(p["step"])],
     "fronts": lambda p: [_batch(p, s) | dict(method=m, knob=k, setting=v) for s in p["seeds"] for m in p["methods"] for k, vs in (("scale", p["scales"]), ("lambda", p["lams"]))
                          for v in vs if k == "scale" or m in ("MEMIT", "IntAttn A", "IntAttn B")]
-                        + [_batch(p, s) | dict(method=m, knob="share", setting=1.) for s in p["seeds"] for m in ("MLP alone", "attention alone") if m in p["methods"]],
+                        + [_batch(p, s) | dict(method=m, knob="share", setting=1.) for s in p["seeds"] for m in ("MEMIT", "MLP alone", "attention alone") if m in p["methods"]],
     "layers": lambda p: [_batch(p, s) | dict(method=f"IntAttn {p['reading']}", attn_layers=a) for s in p["seeds"] for a in p["sets"]],
     "modes": lambda p: [_batch(p, s) | dict(method="IntAttn A", mode=m) for s in p["seeds"] for m in p["modes"]],
     "protocols": lambda p: [_batch(p, s) | dict(method=m) for s in p["seeds"] for m in p["methods"]],
@@ -122,7 +122,7 @@ _GRIDS = { # experiment -> cells of its parameters
     "tune": lambda p: [_fixed(p, "model") | dict(method=m) for m in p["methods"]]}
 _TRACE = ("facts", "models", "tokens", "hooks", "tracing", "balance")
 _EDIT = ("facts", "models", "tokens", "hooks", "statistics", "targets", "solve", "delta", "intattn", "metrics", "editors/registry")
-_CODE = {"fig1": _TRACE, "fig2": ("balance",), "modes": _EDIT + _TRACE, "layers": _EDIT + _TRACE, "tune": _EDIT + _TRACE, "protocols": _EDIT + ("protocols",)}
+_CODE = {"fig1": _TRACE, "fig2": ("balance",), "modes": _EDIT + _TRACE, "layers": _EDIT + _TRACE, "tune": _EDIT + _TRACE, "protocols": _EDIT + ("protocols",), "conditioning": _EDIT + ("editors/memit",)}
 _PLACES = ("out", "store", "settings", "model", "models", "dataset", "datasets", "facts")
 _AXES = ("Ts", "seeds", "methods", "step", "readings", "residuals", "scales", "lams", "sets", "modes", "sources", "multiples")
 
@@ -241,7 +241,8 @@ def scores(rows): # frame of metrics.evaluate
 
 # %% ../nbs/15_experiments.ipynb #92ec04f8
 def _command(run, done, cwd): # a Run; the executed notebook to write; working folder
-    return [sys.executable, "-m", "papermill", str(run.folder/f"{run.name}.ipynb"), str(done), "-y", json.dumps(run.params), "-k", "python3", "--cwd", str(cwd),
+    params = yaml.safe_dump(json.loads(json.dumps(run.params))) # not JSON: papermill reads YAML, to which 1e-9 is a text
+    return [sys.executable, "-m", "papermill", str(run.folder/f"{run.name}.ipynb"), str(done), "-y", params, "-k", "python3", "--cwd", str(cwd),
             "--log-level", "ERROR", "--no-progress-bar", "--no-request-save-on-cell-execute"]
 
 def start(run,       # a Run
@@ -383,7 +384,8 @@ def summaries(results,    # folder of the records
     if experiment in ("fig1", "fig2"):
         frames = [pd.read_csv(p.with_suffix(".csv"), dtype={"subject_tokens": str}).assign(model=load_json(p)["cell"]["model"]) for p in paths]
         return pd.concat(frames, ignore_index=True)
-    rows, cases = (f(paths, _CELLS[experiment]) for f in (report.load_records, report.load_cases))
+    rows = report.load_records(paths, _CELLS[experiment])
+    cases = report.load_cases(paths, _CELLS[experiment]) if experiment != "sequence" else rows.head(0) # whose cases are of two sets of edits
     keep = lambda df: df[df.metric.isin(_SHOWN.get(experiment, report.METRICS))]
     return report.summarise(keep(rows), _BY[experiment], cases=keep(cases))
 
