@@ -15,7 +15,7 @@ from .balance import balance, fact_alphas
 from .statistics import moments_for, preserve_texts
 from .targets import Objective, find_keys, find_targets, now_at
 from .solve import factor, ridge, spread
-from .delta import Delta, add_to, keeping
+from .delta import Delta, add_to, keeping, made_on
 
 # %% ../nbs/11_intattn.ipynb #62501f22
 def solve_pathway(lm, edits,   # LM; edits
@@ -72,7 +72,8 @@ class Settings:
     def about(self, lm, edits, **more):
         "Where a delta came from, as JSON."
         facts = [(e.prompt, e.subject, e.target_new) for e in edits]
-        return {"method": type(self).__name__, "settings": asdict(self), "model": lm.name, "revision": lm.revision, "n_edits": len(edits), "facts": fingerprint(facts), **more}
+        rows = [dict(case_id=e.case_id, subject=e.subject, prompt=e.prompt, target_new=e.target_new, answers=list(e.answers)) for e in edits]
+        return {"method": type(self).__name__, "settings": asdict(self), **made_on(lm), "n_edits": len(edits), "facts": fingerprint(facts), "edits": rows, **more}
 
 # %% ../nbs/11_intattn.ipynb #5b779d16
 @dataclass(frozen=True)

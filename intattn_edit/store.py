@@ -130,10 +130,11 @@ def load_json(path): # file to read
 # %% ../nbs/00_store.ipynb #c67837d6
 def save_tensors(path,      # file to write
                  tensors,   # dict name -> tensor of any shape, type, device
-                 meta=None): # JSON value kept in the header
+                 meta=None,  # JSON value kept in the header
+                 head={}):   # further texts of the header, by name
     "Write tensors as safetensors, atomically. Views and shared memory are written out as contiguous copies."
     flat = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
-    head = {"meta": json.dumps(meta, ensure_ascii=False, sort_keys=True)}
+    head = {**head, "meta": json.dumps(meta, ensure_ascii=False, sort_keys=True)}
     with atomic(path) as tmp: save_file(flat, tmp, metadata=head)
 
 # %% ../nbs/00_store.ipynb #3070db93
