@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 from .store import load_json, load_tensors, save_json, save_tensors
+from .models import _quiet
 from .delta import Delta, made_on
 
 # %% ../nbs/10b_export.ipynb #81805201
@@ -136,7 +137,7 @@ def save_merged(lm, deltas,           # LM; a Delta or several, in order
     with _whole(folder) as tmp:
         mine = tmp/"undo"/f"{len(earlier):04}"
         for u in earlier: shutil.copytree(u, tmp/"undo"/u.name)
-        with delta.applied(lm):
+        with delta.applied(lm), _quiet():
             lm.model.save_pretrained(tmp, max_shard_size=max_shard_size)
             lm.tokenizer.save_pretrained(tmp)
         save_tensors(mine/"weights.safetensors", {n: lm.weight_by_name(n) for n in delta.names})
