@@ -19,7 +19,7 @@ from rich.table import Table
 # %% ../nbs/16_cli.ipynb #5d1c8d08
 app = typer.Typer(name="intattn-edit", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
                   help="Edit facts in a language model's MLP and attention weights (IntAttn-Edit, arXiv 2510.27400).")
-notes = Console(stderr=True, highlight=False)
+notes = Console(stderr=True, highlight=False, force_jupyter=False)
 
 Model = Annotated[Optional[str], typer.Option("--model", "-m", help="lab/qwen2, a folder, or a Hugging Face id [default: the delta's own, else lab/qwen2]", show_default=False)]
 Revision = Annotated[Optional[str], typer.Option(help="commit or tag of a hub model")]
@@ -52,7 +52,7 @@ def _verb(f): # function of the command line
 
 def _grid(rows, title=None): # dicts of equal keys
     "A table of what a person reads."
-    t = Table(title=title, title_justify="left")
+    t = Table(title=title, title_justify="left", min_width=min(78, len(title or "")))
     for k in rows[0]: t.add_column(k, justify="right" if isinstance(rows[0][k], (int, float)) else "left")
     for r in rows: t.add_row(*(f"{v:.2f}" if isinstance(v, float) else "" if v is None else str(v) for v in r.values()))
     return t
@@ -60,7 +60,7 @@ def _grid(rows, title=None): # dicts of equal keys
 def _out(data, as_json, *shown): # JSON value; whether to print it; what is shown otherwise
     "The one place that writes to stdout."
     if as_json: print(json.dumps(data, ensure_ascii=False))
-    else: Console(highlight=False).print(*shown, sep="\n", soft_wrap=all(isinstance(s, str) for s in shown))
+    else: Console(highlight=False, force_jupyter=False).print(*shown, sep="\n", soft_wrap=all(isinstance(s, str) for s in shown))
 
 # %% ../nbs/16_cli.ipynb #b173a18d
 def _lm(model, revision=None, device=None, dtype=None, deltas=()): # as the options; Deltas whose model is meant if none is named
