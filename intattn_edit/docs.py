@@ -107,11 +107,12 @@ def _short(obj): # function or class
 # %% ../nbs/91_docs.ipynb #b96396ab
 class Shows(Processor):
     "In place of nbdev's `exec_show_docs`: `show_doc(name)` becomes its markdown, and no cell is run."
-    def begin(self): self.module = page_module(Path(self.nb.path_))
+    def begin(self): self.module, self.level = page_module(Path(self.nb.path_)), 2
     def cell(self, cell):
+        if cell.cell_type == "markdown" and re.search(r"^## ", cell.source, re.M): self.level = 3
         m = cell.cell_type == "code" and re.search(r"^show_doc\((\w+)\)", cell.source, re.M)
         if not m: return
-        cell.cell_type, cell.source = "markdown", show_doc(getattr(self.module, m[1]), renderer=Doc)._repr_markdown_()
+        cell.cell_type, cell.source = "markdown", show_doc(getattr(self.module, m[1]), renderer=Doc, title_level=self.level)._repr_markdown_()
         for k in ("outputs", "execution_count"): cell.pop(k, None)
 
 class Pages(FilterDefaults):
@@ -146,7 +147,7 @@ def link(text,  # markdown
 def _text(nb, page, names, root):
     "Last touches on a page for Sphinx: links; cells whose input is hidden in the README; a title where the notebook has none."
     for c in nb.cells:
-        if c.cell_type == "markdown": c.source = link(re.sub(r"\]\((\.\./)+nbs/", "](" + "../"*(len(Path(page).parts) - 1), c.source), page, names, root)
+        if c.cell_type == "markdown": c.source = link(re.sub(r"\]\((?:\.\./)+(?:nbs/|(?=figures/\w+\.md))", "](" + "../"*(len(Path(page).parts) - 1), c.source), page, names, root)
         elif "hide-input" in c.metadata.get("tags", []): c.metadata["tags"] = ["remove-input"]
     return nb
 
@@ -167,7 +168,7 @@ def contents(pages): # as of `notebooks`
     under = lambda folder: [s for s in stems if s.startswith(folder + "/")]
     top = [s for s in stems if "/" not in s and s[0].isdigit()]
     bench = [s for s in ("howto/bench", "edit_bench") if s in stems]
-    return [("Start", ["howto/paper", "results", *bench]), ("How to", [f"howto/{h}" for h in HOWTO]),
+    return [("Start", ["howto/paper", "results", "figures/table1", *bench]), ("How to", [f"howto/{h}" for h in HOWTO]),
             ("Reference", ["api", *[s for s in top if s[0] != "9"]]), ("Editors", under("editors")), ("Experiments", under("experiments")), ("The project", [s for s in top if s[0] == "9"])]
 
 def _toctrees(contents): # as of `contents`
@@ -238,7 +239,7 @@ def _sphinx(src, out):
 
 def _quarto(src, out, pages):
     "Builds the pages with quarto."
-    cfg, entry = get_config(), lambda s: f"{s}.ipynb" if s != "api" else "api.md"
+    cfg, entry = get_config(), lambda s: f"{s}.ipynb" if (src/f"{s}.ipynb").exists() else f"{s}.md"
     side = [{"section": c, "contents": [entry(s) for s in ss]} for c, ss in contents(pages)]
     conf = dict(project=dict(type="website", **{"output-dir": "_site"}), format=dict(html=dict(toc=True, theme="cosmo", **{"html-math-method": "mathml"})), execute=dict(enabled=False),
                 website=dict(title=cfg.title, description=cfg.description, navbar=dict(search=True), sidebar=dict(style="floating", contents=["index.ipynb", *side])))
@@ -253,7 +254,8 @@ def build(root=None,   # folder of the project; None: this one
     src, out, pages, table = root/"_proc", root/"_docs", notebooks(root), api(root)
     for d in (src, out): shutil.rmtree(d, ignore_errors=True)
     for p in pages: write_page(root, p, src, None if quarto else targets(table))
-    (src/"api.md").write_text(api_page(table))
+    (src/"api.md").write_text(api_page(table)); (src/"figures").mkdir()
+    (src/"figures"/"table1.md").write_text("# Table 1\n\n" + (root/"figures"/"table1.md").read_text())
     if (root/"nbs"/"images").exists(): shutil.copytree(root/"nbs"/"images", src/"images")
     if quarto: _quarto(src, out, pages)
     else:
@@ -309,7 +311,7 @@ def _ask(url): # https
 def commands(text): # markdown
     "The shell commands in it, in order."
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.M | re.S)
-    lines = [re.sub(r"\s+#\s.*$", "", l).strip() for b in blocks for l in b.replace("\\\n", " ").splitlines()]
+    lines = [re.match(r"""(?:'[^']*'|"[^"]*"|(?<=\S)#|[^'"#])*""", l)[0].strip() for b in blocks for l in b.replace("\\\n", " ").splitlines()]
     return [re.sub(r"\s+", " ", l) for l in lines if l and not l.startswith("#")]
 
 def shown_commands(root): # folder of the project
