@@ -9,6 +9,7 @@ __all__ = ['HOWTO', 'CSS', 'head', 'methods', 'said', 'equations', 'Doc', 'page_
 
 # %% ../nbs/91_docs.ipynb #08372f75
 import ast, inspect, json, re, shutil, subprocess, sys
+from itertools import groupby
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -107,7 +108,10 @@ def _short(obj): # function or class
 # %% ../nbs/91_docs.ipynb #b96396ab
 class Shows(Processor):
     "In place of nbdev's `exec_show_docs`: `show_doc(name)` becomes its markdown, and no cell is run."
-    def begin(self): self.module, self.level = page_module(Path(self.nb.path_)), 2
+    def begin(self):
+        self.module, self.level = page_module(Path(self.nb.path_)), 2
+        runs = groupby(self.nb.cells, lambda c: getattr(c, "has_sd", 0)) # nbdev puts the symbols of a cell in from last to first
+        self.nb.cells = [c for shown, run in runs for c in (reversed([*run]) if shown else run)]
     def cell(self, cell):
         if cell.cell_type == "markdown" and re.search(r"^## ", cell.source, re.M): self.level = 3
         m = cell.cell_type == "code" and re.search(r"^show_doc\((\w+)\)", cell.source, re.M)
@@ -210,10 +214,11 @@ def setup(app): # a Sphinx application, which loads this module as an extension
 # %% ../nbs/91_docs.ipynb #3d9e4a2c
 CSS = """
 details.source > summary { cursor: pointer; color: var(--pst-color-text-muted); font-size: .85em; width: fit-content; margin-bottom: .5rem }
-section > h3:has(+ div.highlight-python) { border-top: 1px solid var(--pst-color-border); padding-top: 1rem; font-family: var(--pst-font-family-monospace); font-size: 1.15em }
+section > h3:has(+ div.highlight-python) { border-top: 1px solid var(--pst-color-border); padding-top: 1rem; font-family: var(--pst-font-family-monospace); font-size: 1.05rem }
 div.math { overflow-x: auto; padding: .4rem 0; margin-bottom: 1rem } math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math; font-size: 1.08em }
 table.docutils td, table.docutils th { vertical-align: top } .bd-main .bd-content .bd-article-container { max-width: 62rem }
-div.cell_output table.dataframe { width: auto } div.cell_output pre { font-size: .85em } td code { white-space: normal; overflow-wrap: anywhere }
+html { --pst-font-size-h1: 2.1rem; --pst-font-size-h2: 1.55rem; --pst-font-size-h3: 1.2rem } pre { font-size: .8rem }
+div.cell_output table.dataframe { width: auto } td code { white-space: normal; overflow-wrap: anywhere }
 """
 
 def _conf():
@@ -222,7 +227,7 @@ def _conf():
     return dict(project=cfg.title, author=cfg.author, copyright=cfg.copyright, release=cfg.version, root_doc="index", extensions=["myst_nb", "sphinx_design", "intattn_edit.docs"],
         nb_execution_mode="off", nb_ipywidgets_js={}, myst_enable_extensions=["dollarmath", "colon_fence", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="intattn_edit.docs.slug",
         html_math_renderer="mathml", html_theme="sphinx_book_theme", html_title=cfg.title, html_static_path=["_static"], html_css_files=["site.css"], html_copy_source=False, html_show_sphinx=False,
-        html_theme_options=dict(show_navbar_depth=1, show_toc_level=2, use_download_button=False, use_fullscreen_button=False), exclude_patterns=["_doctrees"])
+        html_theme_options=dict(show_navbar_depth=1, show_toc_level=2, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[]), exclude_patterns=["_doctrees"])
 
 def slug(title): # text of a heading
     "The anchor of a heading: its text, as it is."
