@@ -500,7 +500,7 @@ def agreement(results,    # folder of a rerun's records
     return out
 
 # %% ../nbs/15_experiments.ipynb #ba46a54f
-_PASSING = ("made_from", "params", "versions", "seconds", "date", "vouched") # fields of a record that do not say what came out
+_PASSING = ("made_from", "params", "settings", "batch", "dropped", "versions", "seconds", "date", "vouched") # fields of a record that say what went in (the hashes hold it) and how, not what came out
 
 def _only_code(old, new): # of made_from: a record's, today's
     "Whether nothing but code differs; what the record did not note is no difference."
