@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MODELS', 'DATASETS', 'FAMILIES', 'HEART', 'draw', 'batch_notes', 'by_length', 'mean_interval', 'settings_of',
            'experiments_dir', 'parameters', 'batch_list', 'alphas', 'Run', 'made_from', 'scores', 'start', 'stop',
-           'failure', 'run_notebook', 'run_all', 'plan', 'summaries', 'render', 'agreement', 'reproduce', 'figures',
-           'paper', 'tune', 'main']
+           'failure', 'run_notebook', 'run_all', 'plan', 'summaries', 'render', 'agreement', 'vouch', 'reproduce',
+           'figures', 'paper', 'tune', 'main']
 
 # %% ../nbs/15_experiments.ipynb #88a9913b
-import argparse, ast, json, os, re, signal, subprocess, sys, time
+import argparse, ast, inspect, json, os, random, re, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
+from importlib.util import resolve_name
 from itertools import product
 from pathlib import Path
 import nbformat, pandas as pd, psutil, yaml
@@ -112,7 +113,7 @@ _GRIDS = { # experiment -> cells of its parameters
     "fronts": lambda p: [_batch(p, s) | dict(method=m, knob=k, setting=v) for s in p["seeds"] for m in p["methods"] for k, vs in (("scale", p["scales"]), ("lambda", p["lams"]))
                          for v in vs if k == "scale" or m in ("MEMIT", "IntAttn A", "IntAttn B")]
                         + [_batch(p, s) | dict(method=m, knob="share", setting=1.) for s in p["seeds"] for m in ("MEMIT", "MLP alone", "attention alone") if m in p["methods"]],
-    "layers": lambda p: [_batch(p, s) | dict(method=f"IntAttn {p['reading']}", attn_layers=a) for s in p["seeds"] for a in p["sets"]],
+    "layers": lambda p: [_batch(p, s) | dict(method=f"IntAttn {p['reading']}", attn_layers=a) | ({"mlp_layers": "-".join(map(str, p["mlp_layers"]))} if p["mlp_layers"] else {}) for s in p["seeds"] for a in p["sets"]],
     "modes": lambda p: [_batch(p, s) | dict(method="IntAttn A", mode=m) for s in p["seeds"] for m in p["modes"]],
     "protocols": lambda p: [_batch(p, s) | dict(method=m) for s in p["seeds"] for m in p["methods"]],
     "sequence": lambda p: [_batch(p, s) | dict(method=m, n=p["n"], step=i) for s in p["seeds"] for m in p["methods"] for i in range(1, p["n"] + 1)],
@@ -120,9 +121,6 @@ _GRIDS = { # experiment -> cells of its parameters
     "conditioning": lambda p: [_fixed(p, "dataset", "model") | dict(T=p["T"], seed=p["seed"])],
     "cost": lambda p: [_fixed(p, "model") | dict(method=m, T=p["T"]) for m in p["methods"]],
     "tune": lambda p: [_fixed(p, "model") | dict(method=m) for m in p["methods"]]}
-_TRACE = ("facts", "models", "tokens", "hooks", "tracing", "balance")
-_EDIT = ("facts", "models", "tokens", "hooks", "statistics", "targets", "solve", "delta", "intattn", "metrics", "editors/registry")
-_CODE = {"fig1": _TRACE, "fig2": ("balance",), "modes": _EDIT + _TRACE, "layers": _EDIT + _TRACE, "tune": _EDIT + _TRACE, "protocols": _EDIT + ("protocols",), "conditioning": _EDIT + ("editors/memit",)}
 _PLACES = ("out", "store", "settings", "model", "models", "dataset", "datasets", "facts")
 _AXES = ("Ts", "seeds", "methods", "step", "readings", "residuals", "scales", "lams", "sets", "modes", "sources", "multiples")
 
@@ -172,26 +170,58 @@ def _model_hash(model): # as given to load_lm
 def _data_hash(name, split): return load_facts(name, strict=False, split=split).sha256
 
 def _data(p): # parameters
-    "Hashes of its data sets."
-    lists = [(n, p["split"]) for n in p.get("datasets", ())]
-    return [_data_hash(*x) for x in lists + [(p[k], "test") for k in ("dataset", "facts") if k in p]]
+    "Hashes of its data sets: a split of the data set that is named is one for a search."
+    lists = [(n, p["split"]) for n in p.get("datasets", ())] + [(p[k], "test") for k in ("dataset", "facts") if k in p]
+    return [_data_hash(*x) for x in lists + [(p[k], p["split"]) for k in ("dataset",) if k in p and "split" in p]]
+
+_WORLD = {"fig1": (), "fig2": (), "sequence": ("preserve.json", "heldout.txt")} # experiment -> what it reads of the lab's world beside data sets; others the preserve set
+
+def _world(run): # a Run
+    "Hashes of these files; none for a model that is not of the lab."
+    return [_file_hash(data_dir()/"lab"/"world"/n) for n in _WORLD.get(run.experiment, ("preserve.json",)) if str(run.params.get("model")).startswith("lab/")]
+
+# %% ../nbs/15_experiments.ipynb #1b249f1a
+_ASIDE = ("experiments", "fronts", "report", "store") # modules that numbers do not come from: they run, keep or draw
+_BESIDE = {"fronts": ("editors.registry", "editors.memit", "intattn"), "conditioning": ("editors.registry", "editors.memit")} # experiment -> modules it has by the name of a method that is not the cell's
+
+def _module(name): # below the package, such as "editors.memit"
+    return Path(report.__file__).parent.joinpath(*name.split(".")).with_suffix(".py")
 
 @lru_cache(maxsize=None)
 def _body(path, stamp): return _source(Path(path))[1] # a notebook and its time
 
+@lru_cache(maxsize=None)
+def _imports(path, stamp): # a notebook or a module, and its time
+    "Files of this package that it imports, but for those aside."
+    path, package = Path(path), report.__package__
+    code, here = ("\n".join(_body(str(path), stamp)), package) if path.suffix == ".ipynb" else (path.read_text(), ".".join([package, *path.relative_to(_module("_").parent).parts[:-1]]))
+    froms = [(n, resolve_name("."*n.level + (n.module or ""), here)) for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom)]
+    names = {x[len(package) + 1:] for n, m in froms for x in (m, *(f"{m}.{a.name}" for a in n.names)) if x.startswith(f"{package}.")}
+    return {f for x in names - set(_ASIDE) if (f := _module(x)).exists()}
+
+def _upstream_code(*paths): # of notebooks or modules
+    "Files of all modules that they import, and that those import."
+    found, new = set(), list(paths)
+    while new:
+        more = _imports(str(p := new.pop()), p.stat().st_mtime_ns) - found
+        found |= more; new += more
+    return found
+
+@lru_cache(maxsize=None)
+def _helpers(): return [inspect.getsource(f) for f in (draw, by_length, mean_interval, scores)] # what experiments use of this notebook
+
 def _code_hash(run, method): # a Run; the method of a cell, None if it has none
-    "Of the modules' files, the method's own among them, and of the notebook's code, its parameters left out."
-    here, book = Path(report.__file__).parent, run.folder/f"{run.name}.ipynb"
-    modules = _CODE.get(run.experiment, _EDIT if method else ()) + ((METHODS[method][0],) if method in METHODS else ())
-    files = [f for m in modules if (f := here/f"{m.replace('.', '/')}.py").exists()]
-    return fingerprint([_file_hash(f) for f in files], _body(str(book), book.stat().st_mtime_ns))
+    "Of the files of all modules that the notebook and the method use, and of the notebook's own code, its parameters left out."
+    book, own = run.folder/f"{run.name}.ipynb", [_module(m) for m in _BESIDE.get(run.experiment, ()) + (("editors.registry", METHODS[method][0]) if method in METHODS else ())]
+    files = sorted(_upstream_code(book, *own) | set(own))
+    return fingerprint([_file_hash(f) for f in files], _helpers(), _body(str(book), book.stat().st_mtime_ns))
 
 def _settings_hash(p, method): # parameters; as in _code_hash
     "Of what the settings of the model say for this method."
     tuned = settings_of(p["model"], p["settings"])
     return fingerprint(asdict(editor(method, tuned)) if method in METHODS else tuned if method != "before" else None)
 
-# %% ../nbs/15_experiments.ipynb #1b249f1a
+# %% ../nbs/15_experiments.ipynb #c808233c
 def _upstream(run): # a Run of fig2
     "What the traces it reads were made from; None for one that is missing."
     records = [Path(run.params["out"])/"fig1"/f"{_slug(_label(m))}.json" for m in run.params["models"]]
@@ -203,18 +233,19 @@ def made_from(run, cell): # a Run, one of its cells
     models = p.get("models") or [p.get("model", "")]
     out = {"model": [_model_hash(m) for m in models], "code": _code_hash(run, method), "params": fingerprint({k: v for k, v in p.items() if k not in _PLACES + _AXES})}
     if data := _data(p): out["data"] = data
+    if world := _world(run): out["world"] = world
     if "settings" in p: out["settings"] = _settings_hash(p, method)
     return out | ({"traces": _upstream(run)} if run.experiment == "fig2" else {})
 
-def _fresh(path, cell, hashes): # a record; its cell; of made_from
-    "Whether the record is there, is this cell's, and was made from the same things."
-    try: record = load_json(path)
-    except (FileNotFoundError, ValueError): return False
-    return isinstance(record, dict) and (record.get("cell"), record.get("made_from")) == (cell, hashes)
+def _recorded(run, cell): # a Run, one of its cells
+    "What the cell's record was made from; None if there is no record, or one that is not this cell's."
+    try: record = load_json(run.path(cell))
+    except (FileNotFoundError, ValueError): return None
+    return record.get("made_from") if isinstance(record, dict) and record.get("cell") == cell else None
 
 def _todo(self): # a Run
     "The cells whose record is missing or out of date."
-    return [c for c in self.cells if not _fresh(self.path(c), c, made_from(self, c))]
+    return [c for c in self.cells if _recorded(self, c) != made_from(self, c)]
 
 Run.todo = _todo
 
@@ -309,8 +340,9 @@ def _show_progress(bar, n, text): # tqdm; records so far; what runs
 
 def run_all(runs, # Runs
             out,  # folder of executed notebooks
-            jobs=1, cores=None, quiet=False): # so many at a time; cores shared by them, None: all; without a bar
-    "Run the notebooks that owe records; returns how many records were written. RuntimeError with the error of the first that fails."
+            jobs=1, cores=None, quiet=False, # so many at a time; cores shared by them, None: all; without a bar
+            failed=None): # a dict that takes title -> error, and the others go on; None: the first error ends all
+    "Run the notebooks that owe records; returns how many records were written. RuntimeError with the error of the first that fails, unless `failed` takes it."
     cores = cores or len(os.sched_getaffinity(0))
     due = {r.title: r.todo() for r in runs}
     total, pending, running = sum(len(r.cells) for r in runs), [r for r in runs if due[r.title]], {}
@@ -326,7 +358,9 @@ def run_all(runs, # Runs
                 time.sleep(.2)
                 for p in [p for p in running if p.poll() is not None]:
                     r, done = running.pop(p)
-                    if p.returncode or r.todo(): raise RuntimeError(f"{r.title} failed.\n{failure(done)}")
+                    if not (p.returncode or r.todo()): continue
+                    if failed is None: raise RuntimeError(f"{r.title} failed.\n{failure(done)}")
+                    failed[r.title] = failure(done)
         finally:
             for p in running: stop(p)
             _show_progress(bar, have + _written(before), "")
@@ -363,6 +397,7 @@ def plan(size,          # "smoke", "reproduce" or "paper"
         each = [dict(models=list(models))] if name == "fig2_contributions" else [dict(model=m) | ({"dataset": d} if d else {}) for d in datasets or [None] for m in models]
         runs += [Run.of(name, folder, **which, **params, **places) for which in each]
     return runs
+
 
 
 # %% ../nbs/15_experiments.ipynb #078889d6
@@ -464,6 +499,82 @@ def agreement(results,    # folder of a rerun's records
         out.append((e, report.agreement_text(report.compare(theirs, mine, by, _TOLERANCE if "metric" in by else .1), e)))
     return out
 
+# %% ../nbs/15_experiments.ipynb #ba46a54f
+_PASSING = ("made_from", "params", "settings", "batch", "dropped", "versions", "seconds", "date", "vouched") # fields of a record that say what went in (the hashes hold it) and how, not what came out
+
+def _only_code(old, new): # of made_from: a record's, today's
+    "Whether nothing but code differs; what the record did not note is no difference."
+    if not old or not new: return old == new
+    def same(k):
+        if k == "code" or k not in old or old[k] == new[k]: return True
+        return set(old[k]) <= set(new[k]) if k == "data" else k == "traces" and len(old[k]) == len(new[k]) and all(map(_only_code, old[k], new[k]))
+    return set(old) <= set(new) and all(map(same, new))
+
+# %% ../nbs/15_experiments.ipynb #7918759d
+def _sample(run, cells, n, seed): # a Run; those of its cells to vouch for; so many of each method; of the choice
+    "Cells to compute again."
+    rng = random.Random(f"{seed} {run.title}")
+    rank, groups = {s: rng.random() for s in sorted({c.get("seed", 0) for c in cells})}, {}
+    dear = lambda c: (load_json(run.path(c))["seconds"]["search"] if run.experiment == "tune" else c.get("T", 0), rank[c.get("seed", 0)], rng.random())
+    for c in sorted(cells, key=dear): groups.setdefault(run.experiment == "tune" or (c["model"], c.get("method")), []).append(c)
+    return [c for g in groups.values() for c in g[:n]]
+
+def _again(run, sample, out): # a Run; some of its cells; folder
+    "The run that computes them, and the rest of its grid's records copied."
+    own, place = run.params, Path(out)/run.experiment
+    less = {k: [x for x in xs if any(c[a] == x for c in sample)] for k, a in (("Ts", "T"), ("seeds", "seed"), ("methods", "method")) if k in own
+            for xs in [own[k] if k != "seeds" else sorted({c["seed"] for c in run.cells})]}
+    again = Run.of(run.name, run.folder, **own | less | {"out": str(place)})
+    if before := _AFTER.get(run.experiment): shutil.copytree(Path(own["out"])/before, place/before, dirs_exist_ok=True)
+    for c in again.cells:
+        path, record = again.path(c), run.path(c)
+        if c not in sample and record.exists(): save_json(path, load_json(record) | {"made_from": made_from(again, c), "copied": True})
+        elif path.exists() and "copied" in load_json(path): path.unlink()
+    return again
+
+def _odd(run, again, cell): # a Run; of _again; a cell of both
+    "How a cell computed again differs from its record, in words; empty if it does not."
+    if _recorded(again, cell) != made_from(again, cell): return "not computed"
+    (old, new), files = (load_json(r.path(cell)) for r in (run, again)), run.path(cell).parent.glob(f"{run.path(cell).stem}.*csv")
+    odd = [k for k in old if k not in _PASSING and old[k] != new.get(k)] + [f.name for f in files if f.read_bytes() != (again.path(cell).parent/f.name).read_bytes()]
+    moved = [f"{m} was {v}, is {new['metrics'].get(m)}" for m, v in old["metrics"].items() if new["metrics"].get(m) != v]
+    return f"{', '.join(odd)} differ{': ' if moved else ''}{'; '.join(moved)}" if odd else ""
+
+# %% ../nbs/15_experiments.ipynb #442419d9
+def _sign(run, cells, sample): # a Run; the cells to vouch for; those computed again
+    "Give records the present code's hash, and say why."
+    for c in cells:
+        record, new = load_json(run.path(c)), made_from(run, c)
+        old, mine = record["made_from"], [x for x in sample if x.get("method") == c.get("method")] or sample
+        note = {"from": old["code"], "noted": [k for k in new if k not in ("code", "traces") and old.get(k) != new[k]], "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "checked": [run.path(x).stem for x in mine], "versions": report.versions()}
+        save_json(run.path(c), record | {"made_from": new, "vouched": record.get("vouched", []) + [note]})
+
+def _vouch_runs(runs, out, sample, jobs, seed, quiet=False): # Runs; folder for what is computed again; as in vouch
+    "Check and sign what can be; returns a sentence per run that is refused, and prints those of the others."
+    trials, failed, refused = [], {}, []
+    for r in runs:
+        if r.experiment == "cost": continue
+        pairs = [(c, _recorded(r, c), made_from(r, c)) for c in r.cells]
+        cells, lost = ([c for c, old, new in pairs if old and old != new and _only_code(old, new) == ok] for ok in (True, False))
+        if lost: print(f"{r.title}: {len(lost)} records differ in more than code: `paper` (or `tune`) makes them again")
+        if cells: trials.append((r, cells, picked := _sample(r, cells, sample, seed), _again(r, picked, out)))
+    run_all([again for *_, again in trials], out, jobs, quiet=quiet, failed=failed)
+    for r, cells, picked, again in trials:
+        odd = [f"{r.path(c).stem}: {text}" for c in picked if (text := _odd(r, again, c))]
+        if odd: refused.append(f"{r.title}: refused. " + " | ".join(odd + [failed[again.title]] if again.title in failed else odd)); continue
+        _sign(r, cells, picked)
+        print(f"{r.title}: {len(cells)} records vouched for by {len(picked)} computed again")
+    return refused
+
+def vouch(sample=1, jobs=1, seed=0): # cells of each run and method; notebooks at a time; of the choice of cells
+    "Vouch for the records of the paper grid and of tune whose code alone has changed. ValueError names the runs refused."
+    out, results = project_root()/"runs"/"vouch", data_dir()/"results"
+    store = out/"store"/fingerprint([_file_hash(f) for f in sorted(_module("_").parent.rglob("*.py"))])[:12] # what other code left there proves nothing
+    runs = plan("paper", results, store) + _tunings(results, store)
+    refused = [x for late in (False, True) for x in _vouch_runs([r for r in runs if (r.experiment in _AFTER) == late], out, sample, jobs, seed)]
+    if refused: raise ValueError("\n".join([*refused, f"{len(refused)} runs refused: their records are as they were, `paper` (or `tune`) makes them again"]))
+
 # %% ../nbs/15_experiments.ipynb #4812917c
 def _minutes(seconds): return f"{seconds:.0f} s" if seconds < 120 else f"{seconds/60:.1f} min"
 
@@ -500,11 +611,14 @@ def _tuned(results, model): # folder of the records
     sets = records[0]["sets"]
     return {"preserve_n": None, "mlp_layers": sets["mlp"], "attn_layers": sets["attn"], "alpha": sets["alpha"]} | {key_of(r["cell"]["method"]): r["chosen"] for r in records}
 
-def tune(jobs=1, trials=10): # notebooks at a time; settings tried for each method
+def _tunings(results, store, trials=8): # folders; settings tried for each method
+    "A run of tune for every lab model."
+    return [Run.of("tune", model=m, datasets=list(DATASETS), T=100, trials=trials, n_facts=100, draws=10, out=str(results), store=str(store)) for m in FAMILIES]
+
+def tune(jobs=1, trials=8): # notebooks at a time; settings tried for each method
     "Tune every method for every lab model on validation edits: records into data/results/tune, the chosen settings into data/lab/settings.json."
     results, work, path = data_dir()/"results", project_root()/"runs"/"tune", data_dir()/"lab"/"settings.json"
-    runs = [Run.of("tune", model=m, datasets=list(DATASETS), T=100, trials=trials, n_facts=100, draws=10, out=str(results), store=str(work/"store")) for m in FAMILIES]
-    run_all(runs, work, jobs)
+    run_all(_tunings(results, work/"store", trials), work, jobs)
     save_json(path, (load_json(path) if path.exists() else {}) | {m: _tuned(results, m) for m in FAMILIES})
     print(f"chosen settings: {_show(path)}; all that was tried: {_show(results/'tune')}")
 
@@ -533,7 +647,9 @@ def _parser():
     command("reproduce", reproduce, "recompute the figures and part of table 1, and compare", (("--size",), dict(default="reproduce", choices=["smoke", "reproduce"], help="how much")), jobs, out)
     command("paper", paper, "the full grid into data/results/, then figures/", jobs)
     command("figures", figures, "render figures/ from data/results/ alone")
-    command("tune", tune, "tune every method for every lab model on validation edits", jobs, (("--trials",), dict(type=int, default=10, help="settings tried for each method")))
+    command("tune", tune, "tune every method for every lab model on validation edits", jobs, (("--trials",), dict(type=int, default=8, help="settings tried for each method")))
+    command("vouch", vouch, "compute a sample again of records whose code has changed, and keep those that agree", (("--sample",), dict(type=int, default=1, help="cells of each run and method")),
+            (("--seed",), dict(type=int, default=0, help="of the choice of cells")), jobs)
     command("run", _run, "run one experiment by itself", (("name",), dict(help="of the notebook, such as table1")), (("params",), dict(nargs="*", metavar="NAME=VALUE", help="its parameters")), out)
     return p
 

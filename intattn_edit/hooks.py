@@ -72,6 +72,10 @@ def _rows(x, rows): # [b, ...], indices or None for all
 # %% ../nbs/04_hooks.ipynb #2f32a362
 _CACHES = ("past_key_values", "past_key_value", "layer_past") # what the families call it
 
+def _lowest(dtype): # of a mask
+    "What hides a column: float32's lowest number in float64 too, for eager attention takes its softmax in float32, and a row of -inf (padding) is nan."
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+
 class Tape:
     "A recorded forward pass of `lm` on a batch: `h[l]` is the input `[b, T, d]` of block `l`, `h[n_layers]` the last output."
     def __init__(self, lm): self.lm, self.h, self.calls, self.cache = lm, {}, {}, _Keep()
@@ -83,6 +87,7 @@ class Tape:
             rest = call.pop("kwargs", {})
             h = call.pop(next(iter(sig.parameters)))
             name = next((c for c in _CACHES if c in sig.parameters), "past_key_values")
+            if (m := call.get("attention_mask")) is not None and m.dtype == torch.float64: call["attention_mask"] = m.clamp(min=_lowest(m.dtype))
             self.h[l], self.calls[l] = h, (name, call | rest)
             return (h,), call | rest | {name: self.cache}
         return keep
@@ -90,9 +95,8 @@ class Tape:
     def _mask(self, l, T): # explicit even where transformers leaves a plain causal mask out
         "Additive mask `[b or 1, 1, T, T]` of block `l`."
         m, dtype = self.calls[l][1].get("attention_mask"), self.h[0].dtype
-        low = torch.finfo(dtype).min
-        if m is None: return torch.full((1, 1, T, T), low, dtype=dtype, device=self.h[0].device).triu(1)
-        return torch.where(m, 0., low).to(dtype) if m.dtype == torch.bool else m
+        if m is None: return torch.full((1, 1, T, T), _lowest(dtype), dtype=dtype, device=self.h[0].device).triu(1)
+        return torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(~m, _lowest(dtype)) if m.dtype == torch.bool else m
 
     def run(self, h,        # [n, T-col, d] input of block l
             l,              # layer
