@@ -31,13 +31,15 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One process works with all cores; JOBS processes share them.
-test lab: export OMP_NUM_THREADS ?= $(CORES)
+test ui-test lab: export OMP_NUM_THREADS ?= $(CORES)
 reproduce paper: export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
 
-.PHONY: help setup reproduce test paper lab figures readme where clean distclean
+CHROMIUM ?= $(firstword $(foreach b,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(b))))
+
+.PHONY: help setup reproduce test ui-test paper lab figures readme where clean distclean
 
 help:       ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 reproduce: $(SETUP)  ## recompute the main figures and part of table 1 from nothing into runs/, and compare (SIZE=smoke: a sample of it)
 	@$(PY) -m intattn_edit.experiments reproduce --size $(SIZE) --jobs $(JOBS)
@@ -47,6 +49,15 @@ test: $(SETUP)       ## run every notebook's tests; the last line counts the not
 	$(VENV)/bin/nbdev_test --n_workers 1 --do_print --timing 2>&1 | tee "$$log" || rc=$$?; \
 	awk -v rc=$$rc '/^Starting .*\.ipynb$$/ {n++} /^\t.*\.ipynb$$/ {f++} \
 	  END {if (rc && !f) f = n ? n : 1; print (n > f ? n - f : 0), "passed,", f + 0, "failed"; exit f || !n}' "$$log"
+
+# pip brings JupyterLab and playwright; the browser is the system's.
+ui-test: $(SETUP)    ## click through the edit bench in JupyterLab in a real browser; installs chromium with apt-get where it may (CHROMIUM=path of another one)
+	@browser='$(CHROMIUM)'; if [[ -z $$browser ]]; then \
+	  command -v apt-get >/dev/null && [[ $$(id -u) == 0 ]] || { echo "No Chromium found, and it cannot be installed from here: install it (Debian, Ubuntu: sudo apt-get install chromium), or give CHROMIUM=path" >&2; exit 1; }; \
+	  echo "Installing chromium with apt-get ..."; log=$$(mktemp); \
+	  (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium fonts-dejavu-core) > "$$log" 2>&1 || { tail -5 "$$log" >&2; echo "apt-get could not install chromium; all it said is in $$log" >&2; exit 1; }; \
+	  rm -f "$$log"; browser=chromium; fi; \
+	CHROMIUM=$$browser $(PY) tests/ui_test.py
 
 paper: $(SETUP)      ## run the full grid into data/results/, resuming what is there; then figures/ and README.md
 	@$(PY) -m intattn_edit.experiments paper --jobs $(JOBS)
