@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'lines_of', 'probes_of', 'as_edit', 'completed', 'trace_step
            'Comparison', 'compare']
 
 # %% ../nbs/19_bench.ipynb #50e77593
-import math, re
+import math, re, weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,9 +115,14 @@ class Applied:
         alpha = self.delta.meta.get("alpha")
         return f"{self.edit.prompt} → {self.edit.target_new} ({self.method}{'' if alpha is None else f', alpha {alpha:.2f}'})"
 
+def _off(on): # Applied edits
+    while on: on.pop().off.close()
+
 class Bench:
-    "A model, and the edits on it."
-    def __init__(self, lm, store=Store("auto")): self.lm, self.store, self.on, self._moments = lm, store, [], {} # LM; where statistics and targets are kept
+    "A model, and the edits on it; they are taken back, too, when the bench goes."
+    def __init__(self, lm, store=Store("auto")): # LM; where statistics and targets are kept
+        self.lm, self.store, self.on, self._moments = lm, store, [], {}
+        weakref.finalize(self, _off, self.on)
     @property
     def edits(self): return [a.edit for a in self.on]
 

@@ -11,7 +11,7 @@ import html, threading, time
 from dataclasses import fields
 import ipywidgets as W, matplotlib as mpl
 from .store import Store, data_dir
-from .facts import FactError, load_facts
+from .facts import FactError, Facts, load_facts
 from .models import load_lm
 from .tokens import encode, token_roles, tokens_of
 from .tracing import known
@@ -103,7 +103,7 @@ def _said_table(c): # a Comparison
 def comparison(c, lm) -> str: # a Comparison; LM; HTML
     "Section four."
     return (f'<div class="ia-two"><div>{_tokens_table(c, lm)}</div><div>{_metrics_table(c)}{_objects_table(c)}</div></div>{_said_table(c)}'
-            '<p class="ia-hint">Greedy completions; ✓ where the wanted answer stands in the text, or, for what must stay, where the text is what it was. Before is the model without any edit.</p>')
+            '<p class="ia-hint">Metrics are shares of tokens, as in the tables. Completions are greedy; ✓ where the wanted answer stands in the text, or, for what must stay, where the text is what it was. Before is the model without any edit.</p>')
 
 # %% ../nbs/19b_bench_page.ipynb #d6515cdb
 _STYLE = """<style>
@@ -209,12 +209,13 @@ class EditBench:
     def __init__(self, model="lab/qwen2",            # as in load_lm
                  facts="lab/wiki_counterfact",       # as in load_facts
                  store=Store("auto")):               # where statistics and targets are kept
-        self.store, self.bench, self.facts, self.fact, self.balance, self.job, self._filled = store, None, [], None, None, None, {}
+        self.store, self.bench, self.facts, self.fact, self.balance, self.job, self._filled = store, None, Facts(), None, None, None, {}
         self._fact_part(); self._trace_part(); self._edit_part()
         self.after, self.after_status = _named(W.HTML(_EMPTY["after"]), "after"), _status("after")
         self.page = _named(W.VBox([W.HTML(_STYLE), self._fact_card(), self._trace_card(), self._edit_card(),
                                    _card(4, "Before and after", "What the model said without any edit, and what it says now.", self.after_status, self.after)]), "page")
         self.load(model, facts)
+        self._first = facts # read with a later model, if the first is not there
     def _repr_mimebundle_(self, **kw): return self.page._repr_mimebundle_(**kw)
     @property
     def lm(self): return self.bench and self.bench.lm
@@ -355,7 +356,9 @@ def stop(self):
     job = self.job
     if not job: return
     job.halt.set()
-    if job.deaf: self._end(job, note(f"{job.what} stopped; its result will be dropped"))
+    if not job.deaf: return
+    self._show_names(job)
+    self._end(job, note(f"{job.what} stopped; its result will be dropped"))
 
 def wait(self):
     "Return when no job is under way."
@@ -382,9 +385,11 @@ def load(self, model=None, facts=None): # names; None: as it is
 def _load(self, job, model, facts):
     if model: job.tell(f"loading {model}")
     lm = load_lm(model) if model else self.lm
+    if not lm: raise ValueError("no model to ask: choose one first")
+    facts = facts or (None if self.facts else self._first)
     job.tell(f"reading {facts}" if facts else "setting up")
     read = load_facts(facts, strict=False) if facts else self.facts
-    start = next((i for i, f in enumerate(read[:20]) if f in known(lm, read[:20])), 0)
+    start = read.index(next(iter(known(lm, read[:20])), read[0]))
     job.check()
     job.deaf = False # from here on it is done in a moment
     if model:

@@ -28,8 +28,9 @@ def processor_seconds():
 
 def browser_path():
     "The browser to drive."
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
-    if not found: sys.exit("no Chromium found: install it (Debian: apt-get install chromium), or set CHROMIUM to its path")
+    names = [x] if (x := os.environ.get("CHROMIUM")) else ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found: sys.exit(f"no Chromium found ({', '.join(names)}): install it (Debian: apt-get install chromium), or set CHROMIUM to its path")
     return found
 
 def free_port():
@@ -249,13 +250,19 @@ class Story:
 
     def step_whole(self):
         "the page as a whole: nothing wider than the window, no error anywhere"
-        self.page.locator(".ia-card").first.scroll_into_view_if_needed()
-        wide = self.page.evaluate("[...document.querySelectorAll('.jp-OutputArea-output, .ia-page, .ia-card')].filter(x => x.scrollWidth > x.clientWidth + 1).map(x => `${x.className}: ${x.scrollWidth} > ${x.clientWidth}`)")
-        assert not wide, wide
+        self.narrow()
+        self.page.keyboard.press("Control+b")
+        self.page.locator(".jp-FileBrowser").wait_for()
+        self.narrow() # beside the file browser too
         assert not (bad := self.page.locator(BROKEN).all_inner_texts()), bad
         assert not self.errors, self.errors
-        log = [l for l in (self.box/"log").read_text().splitlines() if "Traceback" in l or " E " in l[:3]]
+        log = [l for l in (self.box/"log").read_text().splitlines() if "Traceback" in l or l.startswith(("[E ", "[C "))]
         assert not log, log
+
+    def narrow(self):
+        "Nothing is wider than its place."
+        wide = self.page.evaluate("[...document.querySelectorAll('.jp-OutputArea-output, .ia-page, .ia-card')].filter(x => x.scrollWidth > x.clientWidth + 1).map(x => `${x.className}: ${x.scrollWidth} > ${x.clientWidth}`)")
+        assert not wide, wide
 
     def play(self, url):
         "Numbers of steps passed and failed; what follows a failed step cannot be tried, and counts as failed."
