@@ -19,7 +19,7 @@ from .balance import balance
 from .delta import lifted
 from .editors.registry import editor, editor_class, key_of
 from .experiments import settings_of
-from .bench import Bench, Stopped, as_edit, compare, completed, lines_of, trace_steps, watched
+from .bench import Bench, Stopped, as_edit, compare, completed, lines_of, own_threads, trace_steps, watched
 
 # %% ../nbs/19b_bench_page.ipynb #25a35bc0
 _KINDS, _PUOR = {"h": "hidden state", "mlp": "MLP", "attn": "attention"}, mpl.colormaps["PuOr"]
@@ -342,7 +342,8 @@ def run(self, where, what, f, deaf=False): # an HTML widget; in a word; f(job) -
     self.thread.start()
 
 def _work(self, job, f):
-    try: done = note(f"{f(job)} ({job.seconds:.1f} s)", "ok")
+    try:
+        with own_threads(self.lm if not job.deaf else None): done = note(f"{f(job)} ({job.seconds:.1f} s)", "ok")
     except Stopped: done = note(f"{job.what} stopped; the model is as it was")
     except Exception as e: done = note(str(e) if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: {e}", "error")
     if self.job is job: self._end(job, done)
@@ -389,7 +390,7 @@ def _load(self, job, model, facts):
     facts = facts or (None if self.facts else self._first)
     job.tell(f"reading {facts}" if facts else "setting up")
     read = load_facts(facts, strict=False) if facts else self.facts
-    start = read.index(next(iter(known(lm, read[:20])), read[0]))
+    with own_threads(lm): start = read.index(next(iter(known(lm, read[:20])), read[0]))
     job.check()
     job.deaf = False # from here on it is done in a moment
     if model:
