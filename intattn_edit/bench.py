@@ -18,6 +18,7 @@ from .tokens import SubjectNotFound, decode, find_subject
 from .hooks import patch
 from .tracing import embedding_std, trace_facts
 from .delta import Delta, lifted
+from .export import compose
 from .metrics import evaluate, summary
 from .protocols import has_answer, normalise, say
 from .diagnostics import before_and_after, residue, reversion
@@ -173,9 +174,7 @@ class Bench:
 def _together(self): # a Bench
     "The sum of the deltas that are on, and where it comes from. ValueError if there is none."
     if not self.on: raise ValueError("there is no edit to save: press Edit first")
-    total = sum((a.delta for a in self.on[1:]), self.on[0].delta)
-    if len(self.on) == 1: return total
-    return Delta(total.factors, total.meta | {"n_edits": len(self.on), "facts": fingerprint([(e.prompt, e.subject, e.target_new) for e in self.edits]), "parts": [a.delta.meta for a in self.on]})
+    return compose([a.delta for a in self.on])
 
 def _save(self, folder) -> Path: # made if it is not there
     "Write the delta and `facts.json`, the edits with their probes."

@@ -30,7 +30,7 @@ def compose(deltas) -> Delta: # Deltas, in order
     if len(own) > 1: raise ValueError(f"these deltas were made for {len(own)} different models (weights {', '.join(sorted(f[:8] for f, _ in own))}): compose those of one model")
     keep = {k: v for d in deltas for k, v in d.meta.items() if k in ("model", "revision", "dtype", "fingerprint")}
     total = sum(deltas[1:], deltas[0])
-    total.meta = {"method": " + ".join(d.meta.get("method", "by hand") for d in deltas), **keep, "edits": [e for d in deltas for e in d.meta.get("edits", ())], "parts": [d.meta | {"id": d.id} for d in deltas]}
+    total.meta = {"method": " + ".join(d.meta.get("method", "by hand") for d in deltas), **keep, "n_edits": sum(d.meta.get("n_edits", 0) for d in deltas), "edits": [e for d in deltas for e in d.meta.get("edits", ())], "parts": [d.meta | {"id": d.id} for d in deltas]}
     return total
 
 def _meeting(a, b): # two Deltas
