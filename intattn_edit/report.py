@@ -534,7 +534,7 @@ def batch_size_lines(
     for (*panel, method), part in df.groupby(["model", "dataset", "metric", "method"], observed=True):
         shift = .5 * ((methods.index(method) + .5) / len(methods) - .5)
         x = [sizes.index(t) + shift for t in part["T"]]
-        panels[tuple(panel)].errorbar(x, part["mean"], [part["mean"] - part.low, part.high - part["mean"]], label=method, elinewidth=.7, **looks[method])
+        panels[tuple(panel)].errorbar(x, part["mean"], [part["mean"] - part.low, part.high - part["mean"]], label=method, elinewidth=.7, ecolor=mpl.colors.to_rgba(looks[method]["color"], .45), **looks[method])
     for ax in axes.flat:
         ax.set_xticks(range(len(sizes)), [str(t) for t in sizes])
         ax.set_xlim(-.5, len(sizes) - .5)
