@@ -65,8 +65,9 @@ class Doc:
     def __init__(self, sym, name=None, title_level=3): self.sym, self.level = sym, title_level
     def _repr_markdown_(self):
         o = self.sym
-        eq = "".join(f" **Eq. {n}.**" for n in equations(o))
-        parts = [f"{'#'*self.level} {_heading(o)}", _code(head(o)), said(o) + eq]
+        doc = re.sub(r"^Example: (.*)$", r"Example: `\1`", inspect.cleandoc(said(o)), flags=re.M)
+        eq = "".join(f" **Eq. {n}.**" for n in equations(o) if not re.search(rf"Eq\. {n}\b", doc))
+        parts = [f"{'#'*self.level} {_heading(o)}", _code(head(o)), doc + eq]
         for n, f in methods(o).items() if inspect.isclass(o) else (): parts += [_code(head(f, n)), f.__doc__]
         return "\n\n".join([*parts, "<details class=\"source\"><summary>source</summary>", _code(dedent(inspect.getsource(o)).rstrip()), "</details>"])
 
@@ -129,8 +130,8 @@ class SphinxPages(Pages):
 
 # %% ../nbs/91_docs.ipynb #96f248f2
 def targets(table): # as `api` gives it
-    "{text in backticks: link from nbs/} for names that one symbol has, with and without parentheses, and for notebooks."
-    syms = table[table.kind != "constant"]
+    "{text in backticks: link from nbs/} for names that one symbol has, with and without parentheses. Verbs of the command line and what serves the project alone (words such as `alpha`, `link`) are no names in prose."
+    syms = table[(table.kind != "constant") & ~table.module.isin([f"intattn_edit.{m}" for m in ("cli", "docs", "bench")])]
     once = syms[~syms.name.duplicated(keep=False)]
     return {n: f"{r.page}#{r.name}{'' if r.kind == 'class' else '()'}" for r in once.itertuples() for n in (r.name, f"{r.name}()")}
 
@@ -151,6 +152,7 @@ def link(text,  # markdown
 def _text(nb, page, names, root):
     "Last touches on a page for Sphinx: links; cells whose input is hidden in the README; a title where the notebook has none."
     for c in nb.cells:
+        if c.cell_type == "markdown": c.source = re.sub(r"(?<=\S)\n(\$\$[^$]+\$\$)\n?", r"\n\n\1\n\n", c.source) # a displayed formula is a paragraph of its own
         if c.cell_type == "markdown": c.source = link(re.sub(r"\]\((?:\.\./)+(?:nbs/|(?=figures/\w+\.md))", "](" + "../"*(len(Path(page).parts) - 1), c.source), page, names, root)
         elif "hide-input" in c.metadata.get("tags", []): c.metadata["tags"] = ["remove-input"]
     return nb
@@ -171,8 +173,8 @@ def contents(pages): # as of `notebooks`
     stems = [p.with_suffix("").as_posix() for p in pages if p.name != "index.ipynb"]
     under = lambda folder: [s for s in stems if s.startswith(folder + "/")]
     top = [s for s in stems if "/" not in s and s[0].isdigit()]
-    return [("Start", ["howto/paper", "howto/bench", "edit_bench", "results", "figures/table1"]), ("How to", [f"howto/{h}" for h in HOWTO]),
-            ("Reference", ["api", *[s for s in top if s[0] != "9"]]), ("Editors", under("editors")), ("Experiments", under("experiments")), ("The project", [s for s in top if s[0] == "9"])]
+    return [("Start", ["howto/paper", "howto/bench", "results", "figures/table1"]), ("How to", [f"howto/{h}" for h in HOWTO]),
+            ("Reference", ["api", *[s for s in top if s[0] != "9"], "edit_bench"]), ("Editors", under("editors")), ("Experiments", under("experiments")), ("The project", [s for s in top if s[0] == "9"])]
 
 def _toctrees(contents): # as of `contents`
     return "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```" for caption, pages in contents)
@@ -217,14 +219,14 @@ section > h3:has(+ div.highlight-python) { border-top: 1px solid var(--pst-color
 div.math { overflow-x: auto; padding: .4rem 0; margin-bottom: 1rem } math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math; font-size: 1.08em }
 table.docutils td, table.docutils th { vertical-align: top } .bd-main .bd-content .bd-article-container { max-width: 62rem }
 html { --pst-font-size-h1: 2.1rem; --pst-font-size-h2: 1.55rem; --pst-font-size-h3: 1.2rem } pre { font-size: .8rem }
-div.cell_output table.dataframe { width: auto } td code { white-space: normal; overflow-wrap: anywhere }
+div.cell_output table.dataframe { width: auto; margin-left: 0; font-size: .85rem } table.dataframe td, table.dataframe th { padding: .15rem .6rem } td code { white-space: normal; overflow-wrap: anywhere }
 """
 
 def _conf():
     "The configuration of Sphinx."
     cfg = get_config()
     return dict(project=cfg.title, author=cfg.author, copyright=cfg.copyright, release=cfg.version, root_doc="index", extensions=["myst_nb", "sphinx_design", "intattn_edit.docs"],
-        nb_execution_mode="off", nb_ipywidgets_js={}, myst_enable_extensions=["dollarmath", "colon_fence", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="intattn_edit.docs.slug",
+        nb_execution_mode="off", smartquotes=False, nb_ipywidgets_js={}, myst_enable_extensions=["dollarmath", "colon_fence", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="intattn_edit.docs.slug",
         html_math_renderer="mathml", html_theme="sphinx_book_theme", html_title=cfg.title, html_static_path=["_static"], html_css_files=["site.css"], html_copy_source=False, html_show_sphinx=False,
         html_theme_options=dict(show_navbar_depth=1, show_toc_level=2, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[]), exclude_patterns=["_doctrees", "_site", "jupyter_execute"])
 
