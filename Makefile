@@ -31,12 +31,12 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One process works with all cores; JOBS processes share them.
-test ui-test lab: export OMP_NUM_THREADS ?= $(CORES)
+test ui-test docs lab: export OMP_NUM_THREADS ?= $(CORES)
 reproduce paper: export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) > $(JOBS) ? $(CORES) / $(JOBS) : 1 )))
 
 CHROMIUM ?= $(firstword $(foreach b,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(b))))
 
-.PHONY: help setup reproduce test ui-test paper lab figures readme where clean distclean
+.PHONY: help setup reproduce test ui-test docs paper lab figures readme where clean distclean
 
 help:       ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -58,6 +58,9 @@ ui-test: $(SETUP)    ## click through the edit bench in JupyterLab in a real bro
 	  (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium fonts-dejavu-core) > "$$log" 2>&1 || { tail -5 "$$log" >&2; echo "apt-get could not install chromium; all it said is in $$log" >&2; exit 1; }; \
 	  rm -f "$$log"; browser=chromium; fi; \
 	CHROMIUM=$$browser $(PY) tests/ui_test.py
+
+docs: $(SETUP)       ## build the site into _docs/ from the notebooks as they are, without network, and check every link (quarto where it is installed, else Sphinx)
+	@$(PY) -m intattn_edit.docs
 
 paper: $(SETUP)      ## run the full grid into data/results/, resuming what is there; then figures/ and README.md
 	@$(PY) -m intattn_edit.experiments paper --jobs $(JOBS)

@@ -65,16 +65,17 @@ class Doc:
     def __init__(self, sym, name=None, title_level=3): self.sym, self.level = sym, title_level
     def _repr_markdown_(self):
         o = self.sym
-        eq = "".join(f" **Eq. {n}.**" for n in equations(o))
-        parts = [f"{'#'*self.level} {_heading(o)}", _code(head(o)), said(o) + eq]
+        doc = re.sub(r"^Example: (.*)$", r"Example: `\1`", inspect.cleandoc(said(o)), flags=re.M)
+        eq = "".join(f" **Eq. {n}.**" for n in equations(o) if not re.search(rf"Eq\. {n}\b", doc))
+        parts = [f"{'#'*self.level} {_heading(o)}", _code(head(o)), doc + eq]
         for n, f in methods(o).items() if inspect.isclass(o) else (): parts += [_code(head(f, n)), f.__doc__]
         return "\n\n".join([*parts, "<details class=\"source\"><summary>source</summary>", _code(dedent(inspect.getsource(o)).rstrip()), "</details>"])
 
 # %% ../nbs/91_docs.ipynb #fbfc29ac
 def page_module(path): # a notebook
     "The module that it exports, or None."
-    m = re.search(r"#\|\s*default_exp\s+([\w.]+)", path.read_text())
-    return m and import_module("intattn_edit." + m[1])
+    name = next((m[1] for c in read_nb(path).cells if c.cell_type == "code" and (m := re.match(r"#\|\s*default_exp\s+([\w.]+)", c.source))), None)
+    return name and import_module(f"intattn_edit.{name}")
 
 def notebooks(root): # folder of the project
     "All notebooks, as paths below nbs/, in the order of their names."
@@ -101,7 +102,7 @@ def api(root): # folder of the project
 
 def _short(obj): # function or class
     "Name and parameters on one line, defaults included; of an exception the name."
-    if inspect.isclass(obj) and issubclass(obj, Exception): return obj.__name__
+    if inspect.isclass(obj) and issubclass(obj, BaseException): return obj.__name__
     ps = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in inspect.signature(obj).parameters.values()]
     return f"{obj.__name__}({', '.join(re.sub(' at 0x[0-9a-f]+', '', p) for p in ps)})"
 
@@ -129,8 +130,8 @@ class SphinxPages(Pages):
 
 # %% ../nbs/91_docs.ipynb #96f248f2
 def targets(table): # as `api` gives it
-    "{text in backticks: link from nbs/} for names that one symbol has, with and without parentheses, and for notebooks."
-    syms = table[table.kind != "constant"]
+    "{text in backticks: link from nbs/} for names that one symbol has, with and without parentheses. Verbs of the command line and what serves the project alone (words such as `alpha`, `link`) are no names in prose."
+    syms = table[(table.kind != "constant") & ~table.module.isin([f"intattn_edit.{m}" for m in ("cli", "docs", "bench")])]
     once = syms[~syms.name.duplicated(keep=False)]
     return {n: f"{r.page}#{r.name}{'' if r.kind == 'class' else '()'}" for r in once.itertuples() for n in (r.name, f"{r.name}()")}
 
@@ -151,6 +152,7 @@ def link(text,  # markdown
 def _text(nb, page, names, root):
     "Last touches on a page for Sphinx: links; cells whose input is hidden in the README; a title where the notebook has none."
     for c in nb.cells:
+        if c.cell_type == "markdown": c.source = re.sub(r"(?<=\S)\n(\$\$[^$]+\$\$)\n?", r"\n\n\1\n\n", c.source) # a displayed formula is a paragraph of its own
         if c.cell_type == "markdown": c.source = link(re.sub(r"\]\((?:\.\./)+(?:nbs/|(?=figures/\w+\.md))", "](" + "../"*(len(Path(page).parts) - 1), c.source), page, names, root)
         elif "hide-input" in c.metadata.get("tags", []): c.metadata["tags"] = ["remove-input"]
     return nb
@@ -168,12 +170,11 @@ HOWTO = "edit_your_facts your_model your_data table1_on_7b serve_an_edit new_edi
 
 def contents(pages): # as of `notebooks`
     "[(caption, pages without suffix)], the order of the sidebar."
-    stems = [p.with_suffix("").as_posix() for p in pages]
+    stems = [p.with_suffix("").as_posix() for p in pages if p.name != "index.ipynb"]
     under = lambda folder: [s for s in stems if s.startswith(folder + "/")]
     top = [s for s in stems if "/" not in s and s[0].isdigit()]
-    bench = [s for s in ("howto/bench", "edit_bench") if s in stems]
-    return [("Start", ["howto/paper", "results", "figures/table1", *bench]), ("How to", [f"howto/{h}" for h in HOWTO]),
-            ("Reference", ["api", *[s for s in top if s[0] != "9"]]), ("Editors", under("editors")), ("Experiments", under("experiments")), ("The project", [s for s in top if s[0] == "9"])]
+    return [("Start", ["howto/paper", "howto/bench", "results", "figures/table1"]), ("How to", [f"howto/{h}" for h in HOWTO]),
+            ("Reference", ["api", *[s for s in top if s[0] != "9"], "edit_bench"]), ("Editors", under("editors")), ("Experiments", under("experiments")), ("The project", [s for s in top if s[0] == "9"])]
 
 def _toctrees(contents): # as of `contents`
     return "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```" for caption, pages in contents)
@@ -218,39 +219,38 @@ section > h3:has(+ div.highlight-python) { border-top: 1px solid var(--pst-color
 div.math { overflow-x: auto; padding: .4rem 0; margin-bottom: 1rem } math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math; font-size: 1.08em }
 table.docutils td, table.docutils th { vertical-align: top } .bd-main .bd-content .bd-article-container { max-width: 62rem }
 html { --pst-font-size-h1: 2.1rem; --pst-font-size-h2: 1.55rem; --pst-font-size-h3: 1.2rem } pre { font-size: .8rem }
-div.cell_output table.dataframe { width: auto } td code { white-space: normal; overflow-wrap: anywhere }
+div.cell_output table.dataframe { width: auto; margin-left: 0; font-size: .85rem } table.dataframe td, table.dataframe th { padding: .15rem .6rem } td code { white-space: normal; overflow-wrap: anywhere }
 """
 
 def _conf():
     "The configuration of Sphinx."
     cfg = get_config()
     return dict(project=cfg.title, author=cfg.author, copyright=cfg.copyright, release=cfg.version, root_doc="index", extensions=["myst_nb", "sphinx_design", "intattn_edit.docs"],
-        nb_execution_mode="off", nb_ipywidgets_js={}, myst_enable_extensions=["dollarmath", "colon_fence", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="intattn_edit.docs.slug",
+        nb_execution_mode="off", smartquotes=False, nb_ipywidgets_js={}, myst_enable_extensions=["dollarmath", "colon_fence", "attrs_inline"], myst_heading_anchors=4, myst_heading_slug_func="intattn_edit.docs.slug",
         html_math_renderer="mathml", html_theme="sphinx_book_theme", html_title=cfg.title, html_static_path=["_static"], html_css_files=["site.css"], html_copy_source=False, html_show_sphinx=False,
-        html_theme_options=dict(show_navbar_depth=1, show_toc_level=2, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[]), exclude_patterns=["_doctrees"])
+        html_theme_options=dict(show_navbar_depth=1, show_toc_level=2, use_download_button=False, use_fullscreen_button=False, navbar_persistent=[]), exclude_patterns=["_doctrees", "_site", "jupyter_execute"])
 
 def slug(title): # text of a heading
     "The anchor of a heading: its text, as it is."
     return re.sub(r"\s+", "-", title.strip())
 
 # %% ../nbs/91_docs.ipynb #00bc7afd
-def _sphinx(src, out):
-    "Builds the pages; a warning fails. RuntimeError says how many."
+def _sphinx(src):
+    "Builds the pages into `_site`; a warning fails. RuntimeError says how many."
     from sphinx.application import Sphinx
     (src/"_static").mkdir(exist_ok=True); (src/"_static"/"site.css").write_text(CSS)
-    app = Sphinx(src, None, out, src/"_doctrees", "html", _conf(), status=None, warningiserror=True)
+    app = Sphinx(src, None, src/"_site", src/"_doctrees", "html", _conf(), status=None, warningiserror=True)
     app.build()
     if app.statuscode: raise RuntimeError(f"{app._warncount} warnings from Sphinx, above")
 
-def _quarto(src, out, pages):
-    "Builds the pages with quarto."
+def _quarto(src, pages):
+    "Builds the pages into `_site` with quarto."
     cfg, entry = get_config(), lambda s: f"{s}.ipynb" if (src/f"{s}.ipynb").exists() else f"{s}.md"
     side = [{"section": c, "contents": [entry(s) for s in ss]} for c, ss in contents(pages)]
     conf = dict(project=dict(type="website", **{"output-dir": "_site"}), format=dict(html=dict(toc=True, theme="cosmo", **{"html-math-method": "mathml"})), execute=dict(enabled=False),
                 website=dict(title=cfg.title, description=cfg.description, navbar=dict(search=True), sidebar=dict(style="floating", contents=["index.ipynb", *side])))
     (src/"_quarto.yml").write_text(json.dumps(conf))  # JSON is YAML
     subprocess.run(["quarto", "render", "--no-cache"], cwd=src, check=True)
-    shutil.move(src/"_site", out)
 
 def build(root=None,   # folder of the project; None: this one
           quarto=None): # None: where it is installed
@@ -262,11 +262,12 @@ def build(root=None,   # folder of the project; None: this one
     (src/"api.md").write_text(api_page(table)); (src/"figures").mkdir()
     (src/"figures"/"table1.md").write_text("# Table 1\n\n" + (root/"figures"/"table1.md").read_text())
     if (root/"nbs"/"images").exists(): shutil.copytree(root/"nbs"/"images", src/"images")
-    if quarto: _quarto(src, out, pages)
+    if quarto: _quarto(src, pages)
     else:
         index = read_nb(src/"index.ipynb")
         index.cells.append(mk_cell(_toctrees(contents(pages)), "markdown"))
-        write_nb(index, src/"index.ipynb"); _sphinx(src, out)
+        write_nb(index, src/"index.ipynb"); _sphinx(src)
+    shutil.move(src/"_site", out)
     return out
 
 # %% ../nbs/91_docs.ipynb #7c0255f5
@@ -294,7 +295,7 @@ def _fault(p, to, loads, ids): # page; address in it; True: the page loads it; {
 def check_links(site,          # folder of html files
                 online=False): # True: ask for the links that leave it
     "(what is wrong, the links that leave the site): sorted lists."
-    pages = {p: _Links(p.read_text()) for p in sorted(Path(site).rglob("*.html"))}
+    pages = {p: _Links(p.read_text()) for p in sorted(Path(site).rglob("*.html")) if "_static" not in p.parts} # templates of the theme lie there
     ids = {p.resolve(): x.ids for p, x in pages.items()}
     every = [(p, to, loads) for p, x in pages.items() for loads, tos in ((True, x.loads), (False, x.leads)) for to in tos]
     wrong = {f"{p.relative_to(site)}: {to} {why}" for p, to, loads in every if (why := _fault(p, to, loads, ids))}
@@ -341,7 +342,7 @@ def main(argv=None): # of the command line: --online asks for the links that lea
     wrong, away = check_links(out, online)
     wrong += [f"README.md: {to} is not there" for to in check_markdown(root/"README.md")]
     for w in wrong: print(w)
-    print(f"{len(list(out.rglob('*.html')))} pages in {out.name}/; {len(wrong)} broken links; {len(away)} links leave the site" + ("" if online else ", not asked for"))
+    print(f"{len([p for p in out.rglob('*.html') if '_static' not in p.parts])} pages in {out.name}/; {len(wrong)} broken links; {len(away)} links leave the site" + ("" if online else ", not asked for"))
     return int(bool(wrong))
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
