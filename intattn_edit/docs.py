@@ -315,16 +315,18 @@ def _ask(url): # https
 
 # %% ../nbs/91_docs.ipynb #3d61a766
 def commands(text): # markdown
-    "The shell commands in it, in order."
+    "The shell commands in it, in order: those in blocks, then those in the text."
+    inline = re.findall(r"(?<!`)`((?:make|intattn-edit|papermill|python -m|jupyter lab) [^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.M | re.S)
     lines = [re.match(r"""(?:'[^']*'|"[^"]*"|(?<=\S)#|[^'"#])*""", l)[0].strip() for b in blocks for l in b.replace("\\\n", " ").splitlines()]
-    return [re.sub(r"\s+", " ", l) for l in lines if l and not l.startswith("#")]
+    return [re.sub(r"\s+", " ", l) for l in [*lines, *inline] if l and not l.startswith("#")]
 
 def shown_commands(root): # folder of the project
     "{command: where it is shown first} over README and all notebooks."
     texts = {"README.md": (Path(root)/"README.md").read_text()}
     for p in notebooks(root):
         texts[f"nbs/{p}"] = "\n\n".join(c.source if c.cell_type == "markdown" else _shell(c.source) for c in read_nb(Path(root)/"nbs"/p).cells)
+    for r in api(root).itertuples(): texts[f"{r.module}.{r.name}"] = re.sub(r"^\s*Example: (.*)$", r"`\1`", r.doc, flags=re.M)
     return {c: where for where, t in reversed(texts.items()) for c in commands(t)}
 
 def _shell(source): # of a code cell
