@@ -406,10 +406,13 @@ def missing(runs): # Runs
     have, gone = {}, {}
     for r in runs:
         for c in r.cells: (have if r.path(c).exists() else gone).setdefault(r.experiment, []).append(c)
-    def of(cells, every): # table1: which methods at which T; others: which models
+    def of(cells, every): # table1: which methods of which models at which T; others: which models
         if "method" not in cells[0] or len({c["T"] for c in cells}) < 2: return ", ".join(sorted({c["model"] for c in cells}))
-        at = lambda T: [m for m in report.METHODS if any((c["method"], c["T"]) == (m, T) for c in cells)]
-        return "; ".join(f"T = {T}: " + ("all methods" if len(at(T)) == len({c["method"] for c in every}) else ", ".join(at(T))) for T in sorted({c["T"] for c in cells}))
+        lacks, total = {}, len({c["method"] for c in every})
+        for T, model in sorted({(c["T"], c["model"]) for c in cells}):
+            names = [m for m in report.METHODS if any((c["T"], c["model"], c["method"]) == (T, model, m) for c in cells)]
+            lacks.setdefault((T, "all methods" if len(names) == total else ", ".join(names)), []).append(model)
+        return "; ".join(f"T = {T}: {names} for {', '.join(models)}" for (T, names), models in lacks.items())
     return ", ".join(f"{e} {len(cells)} of {len(every)} records ({of(cells, every)})" for e, cells in gone.items() for every in [cells + have.get(e, [])])
 
 def hours(runs): # Runs
