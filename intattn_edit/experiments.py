@@ -406,10 +406,13 @@ def missing(runs): # Runs
     have, gone = {}, {}
     for r in runs:
         for c in r.cells: (have if r.path(c).exists() else gone).setdefault(r.experiment, []).append(c)
-    def of(cells, every): # table1: which methods at which T; others: which models
+    def of(cells, every): # table1: which methods of which models at which T; others: which models
         if "method" not in cells[0] or len({c["T"] for c in cells}) < 2: return ", ".join(sorted({c["model"] for c in cells}))
-        at = lambda T: [m for m in report.METHODS if any((c["method"], c["T"]) == (m, T) for c in cells)]
-        return "; ".join(f"T = {T}: " + ("all methods" if len(at(T)) == len({c["method"] for c in every}) else ", ".join(at(T))) for T in sorted({c["T"] for c in cells}))
+        lacks, total = {}, len({c["method"] for c in every})
+        for T, model in sorted({(c["T"], c["model"]) for c in cells}):
+            names = [m for m in report.METHODS if any((c["T"], c["model"], c["method"]) == (T, model, m) for c in cells)]
+            lacks.setdefault((T, "all methods" if len(names) == total else ", ".join(names)), []).append(model)
+        return "; ".join(f"T = {T}: {names} for {', '.join(models)}" for (T, names), models in lacks.items())
     return ", ".join(f"{e} {len(cells)} of {len(every)} records ({of(cells, every)})" for e, cells in gone.items() for every in [cells + have.get(e, [])])
 
 def hours(runs): # Runs
@@ -551,6 +554,12 @@ def _again(run, sample, out): # a Run; some of its cells; folder
         elif path.exists() and "copied" in load_json(path): path.unlink()
     return again
 
+def _agree(old, new): # JSON of a record, and of one made now
+    "Whether they say the same; a small number may have the four decimals that older records kept of it."
+    if isinstance(old, dict) and isinstance(new, dict): return old.keys() == new.keys() and all(_agree(v, new[k]) for k, v in old.items())
+    if isinstance(old, list) and isinstance(new, list): return len(old) == len(new) and all(map(_agree, old, new))
+    return old == new or isinstance(old, float) and isinstance(new, float) and abs(new) < .1 and old == round(new, 4)
+
 def _same_csv(a, b): # two files
     "Whether they say the same, but for the last of the six digits: differences of float32 logits, whose rounding depends on the number of threads."
     if not b.exists(): return False
@@ -563,8 +572,8 @@ def _odd(run, again, cell): # a Run; of _again; a cell of both
     "How a cell computed again differs from its record, in words; empty if it does not."
     if _recorded(again, cell) != made_from(again, cell): return "not computed"
     (old, new), files = (load_json(r.path(cell)) for r in (run, again)), run.path(cell).parent.glob(f"{run.path(cell).stem}.*csv")
-    odd = [k for k in old if k not in _PASSING and old[k] != new.get(k)] + [f.name for f in files if not _same_csv(f, again.path(cell).parent/f.name)]
-    moved = [f"{m} was {v}, is {new['metrics'].get(m)}" for m, v in old["metrics"].items() if new["metrics"].get(m) != v]
+    odd = [k for k in old if k not in _PASSING and not _agree(old[k], new.get(k))] + [f.name for f in files if not _same_csv(f, again.path(cell).parent/f.name)]
+    moved = [f"{m} was {v}, is {new['metrics'].get(m)}" for m, v in old["metrics"].items() if not _agree(v, new["metrics"].get(m))]
     return f"{', '.join(odd)} differ{': ' if moved else ''}{'; '.join(moved)}" if odd else ""
 
 # %% ../nbs/15_experiments.ipynb #442419d9
