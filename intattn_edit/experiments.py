@@ -9,7 +9,7 @@ __all__ = ['MODELS', 'DATASETS', 'FAMILIES', 'HEART', 'draw', 'batch_notes', 'by
            'vouch', 'reproduce', 'figures', 'paper', 'tune', 'main']
 
 # %% ../nbs/15_experiments.ipynb #88a9913b
-import argparse, ast, inspect, json, os, random, re, shutil, signal, subprocess, sys, time
+import argparse, ast, inspect, json, math, os, random, re, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -554,11 +554,15 @@ def _again(run, sample, out): # a Run; some of its cells; folder
         elif path.exists() and "copied" in load_json(path): path.unlink()
     return again
 
+def _last(x): # number, not negative
+    "One in the last digit that a record keeps of it."
+    return 1e-4 if x >= .1 else 10.**(math.floor(math.log10(x)) - 3) if x else 0.
+
 def _agree(old, new): # JSON of a record, and of one made now
-    "Whether they say the same; a small number may have the four decimals that older records kept of it."
+    "Whether they say the same, but for one in the last digit kept, which hangs on the rounding of float32; a small number may have the four decimals that older records kept of it."
     if isinstance(old, dict) and isinstance(new, dict): return old.keys() == new.keys() and all(_agree(v, new[k]) for k, v in old.items())
     if isinstance(old, list) and isinstance(new, list): return len(old) == len(new) and all(map(_agree, old, new))
-    return old == new or isinstance(old, float) and isinstance(new, float) and abs(new) < .1 and old == round(new, 4)
+    return old == new or isinstance(old, float) and isinstance(new, float) and (abs(new) < .1 and old == round(new, 4) or abs(old - new) <= 1.01*_last(max(abs(old), abs(new))))
 
 def _same_csv(a, b): # two files
     "Whether they say the same, but for the last of the six digits: differences of float32 logits, whose rounding depends on the number of threads."
