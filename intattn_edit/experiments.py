@@ -493,6 +493,7 @@ def _draw_all(results): # folder of the records
     if have("conditioning"): draw("conditioning", fronts.conditioning_plot, _conditions(results/"conditioning"))
     return out
 
+# %% ../nbs/15_experiments.ipynb #c4f07a19
 _CAPTION = "Edits of T facts at once in the lab's models, tested right after. Batches of different seeds are drawn from the same records and share edits, the more the larger T: intervals at large T are too narrow."
 
 def render(results, # folder of the records
