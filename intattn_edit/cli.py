@@ -7,7 +7,7 @@ __all__ = ['app', 'notes', 'Model', 'Revision', 'Device', 'Dtype', 'Number', 'Se
            'Shard', 'trace', 'alpha', 'edit', 'evaluate', 'apply', 'revert', 'export', 'reproduce', 'lab', 'main']
 
 # %% ../nbs/16_cli.ipynb #3c42434d
-import json, os, sys, time
+import json, os, time
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path

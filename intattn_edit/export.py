@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 from .store import load_json, load_tensors, save_json, save_tensors
 from .models import _quiet
-from .delta import Delta, made_on
+from .delta import Delta
 
 # %% ../nbs/10b_export.ipynb #81805201
 def compose(deltas) -> Delta: # Deltas, in order
