@@ -256,12 +256,17 @@ def _cell(record, bold):
     if not math.isnan(record["low"]): text += f" ± {(record['high'] - record['low']) / 2:.1f}"
     return (text + ("†" if record.get("interval") == "cases" else ""), bold)
 
+def _competing(success, names, baseline): # row -> mean edit success, of those that have one
+    "The rows that may be best: those that edit."
+    half = (success.get(baseline, 0) + max(success.values(), default=0))/2
+    return [n for n in names if n != baseline and not success.get(n, half) < half]
+
 def _grid(block, row, columns, column, baseline, lower):
     "The cells of one group: row label -> list of (text, bold)."
     at = {(r[row], r[column]): r for r in block.to_dict("records")}
     names = _ordered(block[row], METHODS)
-    best = {c: _best({n: tuple(at[n, c][k] for k in ("mean", "low", "high")) for n in names if n != baseline and (n, c) in at}, c in lower)
-            for c in columns}
+    rivals = _competing({n: at[n, "edit_success"]["mean"] for n in names if (n, "edit_success") in at}, names, baseline)
+    best = {c: _best({n: tuple(at[n, c][k] for k in ("mean", "low", "high")) for n in rivals if (n, c) in at}, c in lower) for c in columns}
     return {n: [_cell(at.get((n, c)), best[c] == n) for c in columns] for n in names}
 
 def _title(metric):
@@ -273,7 +278,7 @@ def _reading(summary, level):
     n = sorted(set(summary.n))
     seeds = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
     text = (f"Mean ± half-width of the {level:.0%} interval (Student's t) over {seeds} seed{'s' * (n[-1] > 1)}. "
-            "Bold: the best edited model, where its interval overlaps no other's.").replace("%", " %")
+            "Bold: the best edited model, where its interval overlaps no other's; one that gains less than half of the edit success that the best gains does not compete.").replace("%", " %")
     if 1 in n: text += " A mean without ± comes from one seed." if (summary.interval == "none").any() else ""
     if (summary.interval == "cases").any(): text += " † One seed; the interval is a bootstrap over its cases."
     return text
