@@ -182,7 +182,7 @@ def _world(run): # a Run
 
 # %% ../nbs/15_experiments.ipynb #1b249f1a
 _ASIDE = ("experiments", "fronts", "report", "store") # modules that numbers do not come from: they run, keep or draw
-_BESIDE = {"fronts": ("editors.registry", "editors.memit", "intattn"), "conditioning": ("editors.registry", "editors.memit")} # experiment -> modules it has by the name of a method that is not the cell's
+_BESIDE = {"fronts": ("MEMIT", "IntAttn A", "IntAttn B"), "conditioning": ("MEMIT",)} # experiment -> methods it has beside the cell's own
 
 def _module(name): # below the package, such as "editors.memit"
     return Path(report.__file__).parent.joinpath(*name.split(".")).with_suffix(".py")
@@ -212,14 +212,17 @@ def _helpers(): return [inspect.getsource(f) for f in (draw, by_length, mean_int
 
 def _code_hash(run, method): # a Run; the method of a cell, None if it has none
     "Of the files of all modules that the notebook and the method use, and of the notebook's own code, its parameters left out."
-    book, own = run.folder/f"{run.name}.ipynb", [_module(m) for m in _BESIDE.get(run.experiment, ()) + (("editors.registry", METHODS[method][0]) if method in METHODS else ())]
+    methods = [m for m in (*_BESIDE.get(run.experiment, ()), method) if m in METHODS]
+    book, own = run.folder/f"{run.name}.ipynb", [_module(n) for m in methods for n in ("editors.registry", METHODS[m][0])]
     files = sorted(_upstream_code(book, *own) | set(own))
     return fingerprint([_file_hash(f) for f in files], _helpers(), _body(str(book), book.stat().st_mtime_ns))
 
-def _settings_hash(p, method): # parameters; as in _code_hash
-    "Of what the settings of the model say for this method."
-    tuned = settings_of(p["model"], p["settings"])
-    return fingerprint(asdict(editor(method, tuned)) if method in METHODS else tuned if method != "before" else None)
+def _settings_hash(run, method): # as in _code_hash
+    "Of what the settings of the model say for this method; for a variant that is no method of its own, for those beside it; for none of them (a search, say), all."
+    tuned = settings_of(run.params["model"], run.params["settings"])
+    if method == "before": return fingerprint(None)
+    if method in METHODS: return fingerprint(asdict(editor(method, tuned)))
+    return fingerprint([asdict(editor(m, tuned)) for m in _BESIDE[run.experiment]] if run.experiment in _BESIDE else tuned)
 
 # %% ../nbs/15_experiments.ipynb #c808233c
 def _upstream(run): # a Run of fig2
@@ -234,7 +237,7 @@ def made_from(run, cell): # a Run, one of its cells
     out = {"model": [_model_hash(m) for m in models], "code": _code_hash(run, method), "params": fingerprint({k: v for k, v in p.items() if k not in _PLACES + _AXES})}
     if data := _data(p): out["data"] = data
     if world := _world(run): out["world"] = world
-    if "settings" in p: out["settings"] = _settings_hash(p, method)
+    if "settings" in p: out["settings"] = _settings_hash(run, method)
     return out | ({"traces": _upstream(run)} if run.experiment == "fig2" else {})
 
 def _recorded(run, cell): # a Run, one of its cells
@@ -378,7 +381,7 @@ _SIZES = { # size -> runs: (notebook, models, data sets or None, its other param
                   ("fronts", MODELS, DATASETS[:1], _FRONTS | dict(seeds=[0], methods=["MEMIT", "IntAttn A"])),
                   ("fig4_alpha", MODELS, DATASETS[:1], dict(T=100, seeds=[0], step=.1, readings=["A"], residuals=["independent"])), ("fig2_contributions", MODELS, None, {})],
     "paper": [("fig1_tracing", FAMILIES, None, dict(n_facts=100, draws=10)),
-              ("table1", MODELS, DATASETS, dict(Ts=[10, 100, 300, 500], seeds=[0, 1, 2], n_fluency=10)), ("table1", FAMILIES[2:], DATASETS, dict(Ts=[100], seeds=[0, 1, 2], n_fluency=10)),
+              ("table1", MODELS, DATASETS, dict(Ts=[10, 100, 300, 500, 1000], seeds=[[0, 1, 2]]*4 + [[0]], n_fluency=10)), ("table1", FAMILIES[2:], DATASETS, dict(Ts=[100], seeds=[0, 1, 2], n_fluency=10)),
               ("fronts", MODELS, DATASETS, _FRONTS | dict(seeds=[0, 1, 2])), ("fig4_alpha", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2], step=.2)), ("fig4_alpha", MODELS, DATASETS[1:], dict(T=100, seeds=[0, 1, 2], step=.2, residuals=["independent"])),
               ("modes", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2])), ("layers", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2])), ("protocols", MODELS, DATASETS[:1], dict(T=100, seeds=[0, 1, 2], methods=["before", "MEMIT", "IntAttn A", "IntAttn B", "EMMET", "PMET", "AlphaEdit", "FT", "LoRA"])),
               ("sequence", MODELS, DATASETS[1:], dict(T=50, n=6, seeds=[0, 1, 2], methods=["MEMIT", "IntAttn A", "AlphaEdit", "FT"])),
