@@ -541,7 +541,7 @@ def batch_size_lines(
         x = [sizes.index(t) + shift for t in part["T"]]
         panels[tuple(panel)].errorbar(x, part["mean"], [part["mean"] - part.low, part.high - part["mean"]], label=method, elinewidth=.7, ecolor=mpl.colors.to_rgba(looks[method]["color"], .45), **looks[method])
     for ax in axes.flat:
-        ax.set_xticks(range(len(sizes)), [str(t) for t in sizes])
+        ax.set_xticks(range(len(sizes)), [str(t) for t in sizes], rotation=90 if len(sizes) > 4 else 0)
         ax.set_xlim(-.5, len(sizes) - .5)
     for (*_, metric), ax in panels.items(): # intervals over few seeds leave what is possible
         if METRICS.get(metric, ("", ""))[1] == "%": ax.set_ylim(max(ax.get_ylim()[0], -3), min(ax.get_ylim()[1], 103))
