@@ -460,10 +460,16 @@ def _check_whole(name, info): # as given to load_lm; what transformers says
                      "the checkpoint does not fit its config.json")
 
 # %% ../../nbs/engine/models.ipynb #705a3bef
+def _usual_dtype(config, device): # of a model; where it shall lie
+    "float32; on a card, from a billion parameters on, bfloat16."
+    if device.type != "cuda": return torch.float32
+    with torch.device("meta"): model = model_class(config).from_config(config)
+    return torch.bfloat16 if model.num_parameters() >= 10**9 else torch.float32
+
 def load_lm(
     name: str, # "smollm2", "lab/qwen2", a folder, a .gguf file, or an id: "Qwen/Qwen2.5-7B"
     device: str | None = None,       # None: "cuda" if there is one, else "cpu"
-    dtype: torch.dtype | None = None, # None: bfloat16 on cuda, float32 elsewhere
+    dtype: torch.dtype | None = None, # None: float32; large models on a card: bfloat16
     revision: str | None = None,     # commit or tag of a hub model
     attn: str | None = None,         # "eager" or "sdpa"; None: transformers' choice
     device_map: str | dict | None = None, # as accelerate's: "auto" spreads it over the devices
@@ -472,7 +478,6 @@ def load_lm(
     ValueError for a family without a row that fits."""
     name = str(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     where = find_weights(name)
     try:
         with quiet():
@@ -481,9 +486,9 @@ def load_lm(
             if getattr(config, "quantization_config", None): # it cannot be moved once it is loaded
                 device_map = device_map or {"": device}
             model, info = model_class(config).from_pretrained(
-                where, revision=revision, dtype=dtype, attn_implementation=attn,
-                device_map=device_map,
-                use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+                where, revision=revision, dtype=dtype or _usual_dtype(config, device),
+                attn_implementation=attn, device_map=device_map, use_safetensors=True,
+                output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as e: _not_loaded(name, where, e)
     _check_whole(name, info)
     return LM(model if device_map else model.to(device), tokenizer, name, revision, arch)
