@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SubjectNotFound', 'find_subject', 'Row', 'encode', 'decode', 'tokens_of', 'Batch', 'collate', 'batches',
-           'with_bar', 'hidden_of', 'logits_of', 'NotFinite', 'check_finite', 'answer_logits', 'Answer',
-           'score_answers', 'token_roles']
+           'with_bar', 'unplanned_attention', 'hidden_of', 'logits_of', 'NotFinite', 'check_finite', 'answer_logits',
+           'Answer', 'score_answers', 'token_roles']
 
 # %% ../../nbs/engine/tokens.ipynb #f496c5e8
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from .interrupts import contextmanager
 from .models import LM
 from .reading import near_miss, quoted
 
@@ -256,7 +259,21 @@ def with_bar(
     from tqdm import tqdm # not tqdm.auto, whose bars stay in notebooks
     return tqdm(items, what, delay=2, leave=False, disable=None)
 
+# %% ../../nbs/engine/tokens.ipynb #ab0d7fb2
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+@contextmanager
+def unplanned_attention() -> Iterator[None]:
+    """Attention by kernels that take any shape at once, where CUDA is there. Also a decorator.
+
+        with unplanned_attention(): lm.block(4)(h, **call)
+    """
+    with ExitStack() as stack:
+        if torch.cuda.is_available(): stack.enter_context(sdpa_kernel(_UNPLANNED))
+        yield
+
 # %% ../../nbs/engine/tokens.ipynb #cbb4cc24
+@unplanned_attention()
 def hidden_of(
     lm: LM,       # the model
     batch: Batch, # padded rows

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from ..engine import hooks, tokens
 from ..engine.facts import Edit
-from ..engine.hooks import capture, patch, record, stop_after, unplanned_attention
+from ..engine.hooks import capture, patch, record, stop_after
 from ..engine.models import LM, Site
 from ..engine.reading import quoted
 from ..engine.store import (
@@ -38,7 +38,6 @@ def context_weights(
 
 # %% ../../nbs/method/03_keys_values.ipynb #48b742ad
 @torch.no_grad()
-@unplanned_attention()
 def at_subject(
     lm: LM,                        # model
     rows: list[Row],               # n rows with subjects

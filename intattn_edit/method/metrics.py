@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import DynamicCache
-from ..engine.tokens import with_bar
 
 from ..engine.facts import Edit, Probe
 from ..engine.models import LM
-from ..engine.tokens import check_finite, collate, decode, encode, score_answers
+from ..engine.tokens import (
+    check_finite, collate, decode, encode, score_answers, unplanned_attention, with_bar)
 from .delta import without_deltas
 
 # %% ../../nbs/method/09_metrics.ipynb #46948405

@@ -17,7 +17,7 @@ from time import monotonic
 import pandas as pd
 import torch
 
-from ..engine.hooks import capture, stop_after, unplanned_attention
+from ..engine.hooks import capture, stop_after
 from ..engine.models import LM, Site
 from ..engine.store import (
     Store, code_version, fingerprint, load_meta, load_tensors, save_tensors)
@@ -218,7 +218,6 @@ def _resumed(path, modules): # file or None; name -> module
 
 # %% ../../nbs/method/05_moments.ipynb #a027d3c6
 @torch.no_grad()
-@unplanned_attention()
 def second_moments(
     lm: LM,                  # the model
     texts: Iterable[str],    # the preserve set

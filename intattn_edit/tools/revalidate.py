@@ -25,12 +25,12 @@ def only_code(
     old: dict | None,  # `made_from` of a record
     new: dict | None,  # that of today
 ) -> bool:
-    "Whether nothing but code differs."
+    "Whether nothing but code differs, or the settings' fields."
     if not old or not new: return old == new
     return set(old) <= set(new) and all(_unchanged(k, old[k], new[k]) for k in old)
 
 def _unchanged(name, old, new):
-    if name == "code" or old == new: return True
+    if name in ("code", "settings") or old == new: return True
     if name == "data": return set(old) <= set(new)
     if name != "reads": return False
     return old.keys() == new.keys() and all(map(_all_only_code, old.values(), new.values()))
