@@ -23,8 +23,8 @@ def sweep(results: Results) -> tuple[Figure, pd.DataFrame]: # to draw
     "Figure 4: metrics over alpha; a line marks the traced alpha where fig2 has found it."
     traced = {r["cell"]["model"]: r["metrics"]["alpha"] for r in results.records("fig2")}
     means = points(experiment, results)
-    residual = means.residual.map({"independent": "", "sequential": ", sequential"})
-    return alpha_sweep(means.assign(reading=means.reading + residual), traced), means
+    ending = means.residual.map(lambda r: "" if r == "independent" else f", {r}")
+    return alpha_sweep(means.assign(reading=means.reading + ending), traced), means
 
 experiment = Experiment(
     "fig4", cells, spans=("seeds", "step", "readings", "residuals"),

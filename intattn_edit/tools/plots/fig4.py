@@ -20,6 +20,7 @@ _READINGS = { # reading of the attention target -> its look
     "B": dict(color=PINK, marker="D", linestyle="--"),
     "A, sequential": dict(color=BLUE, marker="o", linestyle=":"),
     "B, sequential": dict(color=SKY, marker="^", linestyle="-."),
+    "A, complete": dict(color=RED, marker="*", linestyle="-"),
 }
 _OTHER = dict(color=GREY, marker="v", linestyle="-.")
 
