@@ -7,11 +7,12 @@ __all__ = ['INTATTN', 'MAIN_METHODS', 'WITH_LAMBDA', 'HALVES', 'NAMES', 'experim
            'above_memit', 'main_fronts', 'all_fronts', 'front_gaps']
 
 # %% ../../nbs/experiments/fronts.ipynb #3353ee94
+from collections.abc import Iterable
 from functools import partial
 from itertools import product
 import pandas as pd
 from matplotlib.figure import Figure
-from ..tools.fronts import front_differences, front_gap, sweep_points
+from ..tools.fronts import PAIRS, front_differences, front_gap, sweep_points
 from ..tools.grid import Experiment, batch_cell
 from ..tools.plots.fronts import front_difference_plot, front_plot
 from ..tools.plots.table1 import difference_plot
@@ -48,11 +49,15 @@ def scale_points(results: Results) -> pd.DataFrame: # to read
     points = sweep_points(load_sweeps(results.records("fronts")))
     return points[points.knob == "scale"]
 
-def gaps(results: Results) -> pd.DataFrame | None: # to read
-    "IntAttn A's front above each other method's where that edits, for both knobs."
+def gaps(
+    results: Results,                             # to read
+    knobs: tuple[str, ...] = ("scale", "lambda"), # those turned
+    pairs: Iterable[tuple[str, str]] = PAIRS,     # (x, y): y is compared at equal x
+) -> pd.DataFrame | None: # None: there is nothing to compare
+    "IntAttn A's front above each other method's where that edits."
     cases = load_sweeps(results.records("fronts"))
     if "IntAttn A" not in set(cases.method): return None
-    return front_gap(cases[cases.knob != "share"], "IntAttn A")
+    return front_gap(cases[cases.knob.isin(knobs)], "IntAttn A", pairs=pairs)
 
 def above_memit(
     results: Results,    # to draw
@@ -86,9 +91,8 @@ def front_gaps(
     x: str,           # what is kept
 ) -> tuple[Figure, pd.DataFrame] | None: # None: there is nothing to compare
     "The gaps at equal locality, with their intervals."
-    found = gaps(results)
+    found = gaps(results, ("scale",), [pair for pair in PAIRS if pair[0] == x])
     if found is None: return None
-    found = found[(found.knob == "scale") & (found.x == x)]
     if not found["diff"].notna().any(): return None # no two fronts share a range
     return difference_plot(found, "IntAttn A"), found
 

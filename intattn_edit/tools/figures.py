@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 
 import matplotlib as mpl
-import pandas as pd
+import pandas as pd, PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -77,6 +77,13 @@ def render(
     "The file: no date, no version, no random name, so the same figure always gives the same bytes."
     out = io.BytesIO()
     with style(): fig.savefig(out, format=kind, dpi=dpi, metadata=_METADATA[kind])
+    return _in_few_colours(out) if kind == "png" else out.getvalue()
+
+def _in_few_colours(png): # a file in memory
+    "The same picture with 256 colours, in a third of the bytes."
+    few = PIL.Image.open(png).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
+    out = io.BytesIO()
+    few.save(out, "png", optimize=True)
     return out.getvalue()
 
 def save_figure(

@@ -130,17 +130,22 @@ def load_cases(
     Columns: experiment, every field of the cell, metric, case (position in the record),
     id (of the edit; None if the record names none), value.
     Raises ValueError where their mean is not the metric (more than 0.1 % and 0.01 apart)."""
-    rows = []
+    heads, lengths = [], [] # one a metric of a record: what its rows have in common, and how many
+    columns = {"case": [], "id": [], "value": []}
     for name, record in _checked(source, cell):
         ids = record.get("case_ids")
         for metric, values in (record.get("cases") or {}).items():
-            present = [(i, float(v)) for i, v in enumerate(values or []) if v is not None]
+            present = [i for i, v in enumerate(values or []) if v is not None]
             if not present: continue
-            _check_cases(name, record, metric, [v for _, v in present], len(values))
-            shared = {"experiment": record["experiment"], **record["cell"], "metric": metric}
-            for i, v in present:
-                rows.append(shared | {"case": i, "id": ids[i] if ids else None, "value": v})
-    return pd.DataFrame(rows)
+            numbers = [float(values[i]) for i in present]
+            _check_cases(name, record, metric, numbers, len(values))
+            heads.append({"experiment": record["experiment"], **record["cell"], "metric": metric})
+            lengths.append(len(present))
+            columns["case"] += present
+            columns["id"] += [ids[i] if ids else None for i in present]
+            columns["value"] += numbers
+    df = pd.DataFrame(heads)
+    return df.loc[df.index.repeat(lengths)].reset_index(drop=True).assign(**columns)
 
 def _check_cases(name, record, metric, present, n):
     "ValueError unless the record has an id for each of n cases and its metric is their mean."
