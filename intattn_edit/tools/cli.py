@@ -215,8 +215,9 @@ def _save_trace(trace, model, table, figure): # frame; its name; files or None
     from intattn_edit.engine.store import atomic
     from intattn_edit.tools.figures import render
     from intattn_edit.tools.plots.fig1 import trace_heatmaps
+    from intattn_edit.tools.tables import as_csv
     if table:
-        with atomic(table) as tmp: tmp.write_text(trace.to_csv(index=False, float_format="%.6g"))
+        with atomic(table) as tmp: tmp.write_text(as_csv(trace, "%.6g"), encoding="utf-8")
     if figure:
         title = Path(model).name if Path(model).is_dir() else model # not a folder's whole path
         drawn = trace_heatmaps(trace.assign(model=title))

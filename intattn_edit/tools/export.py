@@ -24,6 +24,7 @@ from intattn_edit.engine.store import (
     atomic, fingerprint, load_both, load_json, load_tensors, save_json, save_tensors, sweep,
     temporary)
 from ..method.delta import Delta
+from .tables import in_markdown
 
 # %% ../../nbs/tools/export.ipynb #81805201
 def compose(
@@ -174,24 +175,23 @@ def to_peft(
     return Path(folder)
 
 # %% ../../nbs/tools/export.ipynb #9b4702ee
-def _escape(value): return str(value).replace("|", "\\|").replace("\n", " ")
-
 def _table(rows): # dicts of equal keys
     "A Markdown table."
-    lines = [list(rows[0]), ["---"]*len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join("| " + " | ".join(map(_escape, line)) + " |" for line in lines)
+    def line(cells): return "| " + " | ".join(cells) + " |"
+    body = [line(in_markdown(str(x)) for x in row.values()) for row in rows]
+    return "\n".join([line(rows[0]), line(["---"]*len(rows[0])), *body])
 
 _LOAD = {
     "peft": '''\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{here}") # model.unload() takes the edit away again''',
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, {here}) # model.unload() takes the edit away again''',
     "merged": '''\
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{here}")'''}
+model = AutoModelForCausalLM.from_pretrained({here})'''}
 
 def _card_head(base, form): # model; "peft" or "merged"
     "What the hub reads: YAML, whose values are JSON."
@@ -251,12 +251,13 @@ def model_card(
     names = set(delta.names).union(*(m.get("weights", ()) for m in before))
     base = all_meta[0].get("model") or "unknown"
     settings = json.dumps(meta.get("settings", {}), indent=1, ensure_ascii=False)
+    load = _LOAD[form].format(base=json.dumps(base), here=json.dumps(here))
     sections = [
         _card_head(base, form),
-        f"# {base}, {len(edits)} facts edited",
+        f"# {in_markdown(base)}, {len(edits)} facts edited",
         f"Weights of {len(names)} matrices were changed so that the model says these facts. "
         "What it says of everything else may have changed too: see the measurements.",
-        "## Use\n```python\n" + _LOAD[form].format(base=base, here=here) + "\n```",
+        "## Use\n```python\n" + load + "\n```",
         _card_facts(edits, most),
         *([_card_parts([*before, *parts])] if len([*before, *parts]) > 1 else []),
         _card_metrics(metrics),

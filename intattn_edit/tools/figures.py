@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 import intattn_edit
 from .labels import (
     GREY, METRIC_LABELS, PALETTE, difference_label, drawn, metric_label, ordered)
-from .tables import write_all
+from .tables import as_csv, write_all
 
 # %% ../../nbs/tools/figures.ipynb #96aa6b63
 COLUMN, WIDTH = 3.3, 6.9 # inches: one column, and the width of a page
@@ -94,7 +94,7 @@ def save_figure(
     "Write stem.pdf, .svg and .png, and stem.csv if there is data."
     contents = {kind: render(fig, kind) for kind in _METADATA}
     if data is not None:
-        contents["csv"] = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        contents["csv"] = as_csv(data, "%.6g")
     return write_all(stem, contents)
 
 # %% ../../nbs/tools/figures.ipynb #68ce6e4a

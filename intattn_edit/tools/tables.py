@@ -305,19 +305,17 @@ def write_all(
     stem: str | os.PathLike,           # path without its ending
     contents: dict[str, str | bytes],  # ending -> content
 ) -> list[Path]:
-    "Write one file per ending, each first to a temporary neighbour that is then renamed."
+    "Write one file per ending: all of them to temporary neighbours first, which are then renamed."
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
     paths = [Path(f"{stem}.{ending}") for ending in contents]
-    for path, content in zip(paths, contents.values()):
-        _write(path, content if isinstance(content, bytes) else content.encode())
-    return paths
-
-def _write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    parts = [path.with_name(f".{path.name}.{os.getpid()}") for path in paths]
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+        for part, content in zip(parts, contents.values()):
+            part.write_bytes(content if isinstance(content, bytes) else content.encode())
+        for part, path in zip(parts, paths): os.replace(part, path)
+    finally:
+        for part in parts: part.unlink(missing_ok=True)
+    return paths
 
 def save_table(
     table: Table,            # to be saved
