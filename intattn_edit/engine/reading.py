@@ -93,6 +93,7 @@ _TOO_DEEP = f"is nested more than {DEEPEST} levels deep"
 _TOO_LONG = f"holds a whole number of more than {DIGITS} digits: write it as text"
 _HALF = re.compile("[\ud800-\udfff]")
 
+# %% ../../nbs/engine/reading.ipynb #4e046140
 def flaw(value: Any) -> tuple[str, str] | None: # a JSON value
     "(where, what) makes it unusable, such as (\"locality.prompt\", \"holds half ...\"); or None."
     return None if _sound(value) else _first_flaw(value)

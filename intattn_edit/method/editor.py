@@ -398,6 +398,7 @@ def key_of(
     "Its key in settings."
     return method.lower().replace(" ", "_")
 
+# %% ../../nbs/method/07_editor.ipynb #c3d425bd
 def method_of(
     name: str, # of METHODS
 ) -> Method:

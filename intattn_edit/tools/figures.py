@@ -187,6 +187,7 @@ def small_multiples(
     fig.supxlabel(xlabel, fontsize=mpl.rcParams["axes.labelsize"])
     return fig, panels
 
+# %% ../../nbs/tools/figures.ipynb #e7d8d5f4
 def share_legend(
     fig: Figure,              # whose panels have labels
     columns: int = 5,         # at most so many
