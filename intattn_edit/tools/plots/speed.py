@@ -33,6 +33,9 @@ def speed_plot(
                 label = f"{name[0]}, {name[1]}: {column}" if ax is axes[0] else None
                 ax.plot(d["size"], d[column], color=f"C{i}", markersize=4, label=label, **look)
         ax.set(xscale="log", yscale="log", title=part, xlabel=unit)
+        sizes = sorted(own["size"].unique())
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        ax.set_xticks([], minor=True)
     axes[0].set_ylabel("seconds")
     where = "; ".join(sorted(set(df.chip + ", " + df.date)))
     fig.supxlabel(where, fontsize=7)
