@@ -311,9 +311,12 @@ def _check_columns(names): # a tuple
         raise ValueError(f"no column {' and no column '.join(lack)}: "
                          "a fact needs a subject and a prompt")
 
+_ALSO = {"object": "ground_truth", "answer": "ground_truth", "question": "prompt"}
+
 def _unknown_column(name):
     near = difflib.get_close_matches(name[:80], [*COLUMNS, *_TEST_COLUMNS], 1, .6)
-    hint = f": did you mean {near[0]!r}?" if near else ""
+    meant = _ALSO.get(name) or next(iter(near), None)
+    hint = f": did you mean {meant!r}?" if meant else ""
     return (f"unknown column {quoted(name)}{hint} Known are {', '.join(COLUMNS)}, and "
             f"{', '.join(_TEST_COLUMNS)}; begin a name with _ to have its column ignored")
 

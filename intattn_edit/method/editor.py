@@ -428,8 +428,9 @@ def _unknown(name, names, owner):
     def near(share): return next(iter(difflib.get_close_matches(name, names, 1, share)), None)
     ours = ELSEWHERE.get(name, "")
     own = next((part for part in ours.split(".") if part in names and part not in _PARTS), None)
-    hint = own or near(.8) or ours or near(.5) or ", ".join(names)
-    raise ValueError(f"{owner} has no setting {name!r}: did you mean {hint}?")
+    hint = own or near(.8) or ours or near(.5)
+    hint = f"did you mean {hint}?" if hint else f"there are {', '.join(names)}"
+    raise ValueError(f"{owner} has no setting {name!r}: {hint}")
 
 def editor(
     method: str,         # a name of METHODS

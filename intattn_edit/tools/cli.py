@@ -51,7 +51,9 @@ def _explain(error): # an exception
     reason = error.args[0] if isinstance(error, KeyError) and error.args else error
     if isinstance(error, ModuleNotFoundError) and error.name: reason = _missing(error.name)
     stderr.print("[red]error:[/red] ", end="")
-    stderr.print(str(reason), markup=False, soft_wrap=True)
+    text = str(reason).replace("leave such records out with strict=False",
+                               "leave such records out with --skip-bad")
+    stderr.print(text, markup=False, soft_wrap=True)
 
 def _verb(function): # of the command line
     "Register a verb. What the library raises becomes one line on stderr and exit code 1."

@@ -44,8 +44,8 @@ def command(
     params = json.loads(json.dumps(run.params))
     params = yaml.safe_dump(params, default_flow_style=True, width=math.inf).strip()
     return [sys.executable, "-m", "papermill", str(run.notebook), str(done), "-y", params,
-            "-k", "python3", "--cwd", str(cwd), "--log-level", "ERROR", "--no-progress-bar",
-            "--no-request-save-on-cell-execute"]
+            "-k", "python3", "--cwd", str(cwd), "--log-level", "INFO", "--log-output",
+            "--no-progress-bar", "--no-request-save-on-cell-execute"]
 
 def _environment(threads):
     "Of the kernel: this checkout's package, this environment's kernel."
@@ -212,6 +212,18 @@ def _obituary(run, used): # title -> bytes
     return (f"{_KILLED} It used up to {share:.1f} of {total:.1f} GiB. {have} of its "
             f"{len(run.cells)} records are there and whole; the same command goes on from them.")
 
+_BARE = re.compile(r"\x1b\[[0-9;]*m|Ending Cell|Executing (Cell|notebook)|^(Input|Output) Notebook")
+
+def _last_line(done, most=60): # executed notebook; characters
+    "What a notebook that runs has printed last."
+    log = done.with_suffix(".log")
+    if not log.exists(): return ""
+    with open(log, "rb") as f:
+        f.seek(max(0, log.stat().st_size - 2000))
+        lines = re.split(r"[\r\n]+", f.read().decode(errors="replace"))
+    lines = [line.strip() for line in lines if line.strip() and not _BARE.search(line)]
+    return lines[-1][:most] if lines else ""
+
 class _Running:
     "The notebooks that run."
 
@@ -252,6 +264,10 @@ class _Running:
                 self.again.add(run.title)
                 self.start(run)
 
+    def said(self): # each run, and what it printed last
+        return " | ".join(f"{run.title}: {_last_line(done)}" if _last_line(done) else run.title
+                          for run, done in self.processes.values())
+
     def stop(self):
         for p in self.processes: stop(p)
 
@@ -286,7 +302,8 @@ def run_all(
             while len(running.processes) < jobs and (run := _next(pending, running.runs)):
                 pending.remove(run)
                 if run.todo(): running.start(run)
-            progress.show(" | ".join(r.title for r in running.runs))
+            live = sys.stderr.isatty() and hasattr(running, "said")
+            progress.show(running.said() if live else " | ".join(r.title for r in running.runs))
             time.sleep(.2)
             for run, error in running.failed():
                 if failed is None: raise RuntimeError(f"{run.title} failed.\n{error}")
