@@ -243,7 +243,8 @@ def batches(
     max_tokens: int = 4096, # most tokens in a batch, padding included
 ) -> Iterator[list[int]]: # indices into rows
     """Batches of rows of like length, longest first, so that padding is small: one that holds
-    `ENOUGH` takes no row shorter than .85 of its longest. A row longer than `max_tokens` is alone."""
+    `ENOUGH` takes no row shorter than .85 of its longest.
+    A row longer than `max_tokens` is a batch of its own."""
     part = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
         longest = len(rows[part[0]]) if part else 0

@@ -195,7 +195,19 @@ class _Progress:
         bar.set_description(text, refresh=False)
         if changed or sys.stderr.isatty(): bar.refresh()
 
-# %% ../../nbs/tools/execute.ipynb #8d5f02b2
+# %% ../../nbs/tools/execute.ipynb #61ea2a4d
+_BARE = re.compile(r"\x1b\[[0-9;]*m|Ending Cell|Executing (Cell|notebook)|^(Input|Output) Notebook")
+
+def _last_line(done, most=60): # executed notebook; characters
+    "What a notebook that runs has printed last."
+    log = done.with_suffix(".log")
+    if not log.exists(): return ""
+    with open(log, "rb") as f:
+        f.seek(max(0, log.stat().st_size - 2000))
+        lines = re.split(r"[\r\n]+", f.read().decode(errors="replace"))
+    lines = [line.strip() for line in lines if line.strip() and not _BARE.search(line)]
+    return lines[-1][:most] if lines else ""
+
 def _memory(pid): # of papermill
     "Bytes that the largest process of its family holds."
     try: family = psutil.Process(pid).children(recursive=True)
@@ -212,18 +224,7 @@ def _obituary(run, used): # title -> bytes
     return (f"{_KILLED} It used up to {share:.1f} of {total:.1f} GiB. {have} of its "
             f"{len(run.cells)} records are there and whole; the same command goes on from them.")
 
-_BARE = re.compile(r"\x1b\[[0-9;]*m|Ending Cell|Executing (Cell|notebook)|^(Input|Output) Notebook")
-
-def _last_line(done, most=60): # executed notebook; characters
-    "What a notebook that runs has printed last."
-    log = done.with_suffix(".log")
-    if not log.exists(): return ""
-    with open(log, "rb") as f:
-        f.seek(max(0, log.stat().st_size - 2000))
-        lines = re.split(r"[\r\n]+", f.read().decode(errors="replace"))
-    lines = [line.strip() for line in lines if line.strip() and not _BARE.search(line)]
-    return lines[-1][:most] if lines else ""
-
+# %% ../../nbs/tools/execute.ipynb #8d5f02b2
 class _Running:
     "The notebooks that run."
 

@@ -152,9 +152,11 @@ def faults_of(cell: Cell) -> list[Found]: # of code
 
 # %% ../../nbs/tools/style.ipynb #62111a0a
 def notebook_faults(path: Path) -> list[str]: # of a notebook
-    "What all rules find in its code cells, each with cell and line."
-    cells = json.loads(Path(path).read_text())["cells"]
-    found = []
+    "What all rules find in its code cells, each with cell and line; and in what it has saved."
+    notebook = json.loads(Path(path).read_text())
+    cells, found = notebook["cells"], []
+    if "kernelspec" not in notebook["metadata"]:
+        found.append(f"{path}: no kernel is named: begin with a copy of another notebook")
     if len(cells) > CELLS: found.append(f"{path}: {len(cells)} cells: at most {CELLS}")
     for i, cell in enumerate(cells):
         if cell["cell_type"] != "code": continue
@@ -162,7 +164,13 @@ def notebook_faults(path: Path) -> list[str]: # of a notebook
         exported = re.search(r"(?m)^#\|\s*exports?\b", source) is not None
         for line, text in faults_of(Cell(source, exported)):
             found.append(f"{path} [{i}] line {line}: {text}")
+        if place := _place(cell): found.append(f"{path} [{i}]: the output names {place}")
     return found
+
+def _place(cell): # of code
+    "A path of this machine in the text that a cell has printed, or nothing."
+    said = "".join("".join(o.get("text", "")) for o in cell.get("outputs", ()))
+    return next(iter(re.findall(r"(?<![\w.])/(?:home|root|tmp|usr|work)/\S+", said)), "")
 
 def module_faults(path: Path) -> list[str]: # of an exported module
     "What the rules of statements and of what is public find in it."
