@@ -23,8 +23,8 @@ def rows_of(results: Results) -> pd.DataFrame: # to read
     return pd.concat(frames, ignore_index=True)
 
 def by_size(results: Results) -> tuple[Figure, pd.DataFrame]: # to draw
-    "Seconds by size, beside floor and textbook."
+    "Seconds by size on one thread, beside floor and textbook."
     rows = rows_of(results)
-    return speed_plot(rows), rows
+    return speed_plot(rows[rows.threads == 1]), rows
 
 experiment = Experiment("speed", cells, seconds_only=True)

@@ -17,6 +17,13 @@ UNITS = {"trace": "facts", "targets": "edits", "statistics": "tokens"} # part ->
 _LOOKS = {"textbook": dict(alpha=.4, marker="s"), "library": dict(marker="o"),
           "floor": dict(linestyle=":", marker="")}
 
+def _apart(sizes, times=1.6): # in rising order
+    "Those whose labels do not touch on a logarithmic axis."
+    kept = []
+    for size in sizes:
+        if not kept or size >= times*kept[-1]: kept.append(size)
+    return kept
+
 @style()
 def speed_plot(
     df: pd.DataFrame, # rows of the records: part, size, textbook, library, floor, model, chip, date
@@ -33,7 +40,7 @@ def speed_plot(
                 label = f"{name[0]}, {name[1]}: {column}" if ax is axes[0] else None
                 ax.plot(d["size"], d[column], color=f"C{i}", markersize=4, label=label, **look)
         ax.set(xscale="log", yscale="log", title=part, xlabel=unit)
-        sizes = sorted(own["size"].unique())
+        sizes = _apart(sorted(own["size"].unique()))
         ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
         ax.set_xticks([], minor=True)
     axes[0].set_ylabel("seconds")
