@@ -15,6 +15,7 @@ ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "1
                     "PYTHONPATH": str(CHECKOUT), "TOKENIZERS_PARALLELISM": "false",
                     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 FRANCE = 'intattn-edit edit --prompt "The capital of France is" --subject France --target Rome'
+REFUSED = f"{FRANCE} --out refused"
 
 def write(name, text): Path(name).write_text(text, encoding="utf-8")
 
@@ -41,7 +42,7 @@ def files():
           ["France", "The continent of {} is", "Asia"])
     table("france.csv", first, ["France", "The capital of {} is", "Rome"])
     table("italy.csv", first, ["Italy", "The capital of {} is", "Oslo"])
-    write("markup.csv", 'subject,prompt,target_new\nFrance,The capital of {} is,"=<b>Rome</b> $x_1$"\n')
+    table("markup.csv", first, ["France", "The capital of {} is", "=<b>Rome</b> $x_1$"])
     chat = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     write("chat.jsonl", json.dumps({"subject": "France", "prompt": chat, "target_new": "Rome"}))
     counterfact = {"case_id": 1, "requested_rewrite": {
@@ -61,13 +62,13 @@ LINES = [
     ("an edit that takes", f"{FRANCE} --out france", 0, ["1 of 1 edits\\s+took", "Rome"]),
     ("ask, without and with", 'intattn-edit ask "The capital of France is" -d france -t 4', 0,
      ["Paris", "Rome"]),
-    ("settings: another name", f"{FRANCE} --set lambda=3 --out no", 1, ["'lambda'", "mlp.lam"]),
-    ("settings: EasyEdit's name", f"{FRANCE} --set mom2_update_weight=3 --out no", 1, ["mlp.lam"]),
-    ("settings: layers", f"{FRANCE} --set layers=4 --out no", 1, ["mlp.layers"]),
-    ("settings: a layer that is not", f"{FRANCE} --layers 99 --out no", 1, ["layers 0 to 29"]),
-    ("settings: a number as text", f"{FRANCE} --settings string.json --out no", 1, ["lam", "'7'"]),
-    ("settings: one layer, no list", f"{FRANCE} --settings number.json --out no", 1, ["layers"]),
-    ("settings: another model", f"{FRANCE} --settings other.json --out no", 1, ["gpt2", "smollm2"]),
+    ("settings: another name", f"{REFUSED} --set lambda=3", 1, ["'lambda'", "mlp.lam"]),
+    ("settings: EasyEdit's name", f"{REFUSED} --set mom2_update_weight=3", 1, ["mlp.lam"]),
+    ("settings: layers", f"{REFUSED} --set layers=4", 1, ["mlp.layers"]),
+    ("settings: a layer that is not", f"{REFUSED} --layers 99", 1, ["layers 0 to 29"]),
+    ("settings: a number as text", f"{REFUSED} --settings string.json", 1, ["lam", "'7'"]),
+    ("settings: one layer, no list", f"{REFUSED} --settings number.json", 1, ["layers"]),
+    ("settings: another model", f"{REFUSED} --settings other.json", 1, ["gpt2", "smollm2"]),
     ("settings: used ones are told", f"{FRANCE} --layers 5-6 --close .5 --no-show --out said", 0,
      ["5-6|5, 6", "0?\\.50?"]),
     ("CSV: help shows one", "intattn-edit edit --help", 0, ["subject,prompt,target_new"]),
@@ -78,19 +79,19 @@ LINES = [
     ("CSV: another apostrophe", "intattn-edit edit apostrophe.csv --out no", 1,
      ["U\\+0027|APOSTROPHE"]),
     ("CSV: composed and decomposed", "intattn-edit edit nfd.csv --out nfd", 1, ["NFC or NFD"]),
-    ("preserve: no network", f"{FRANCE} --preserve wikipedia --out no", 1, ["--preserve"]),
+    ("preserve: no network", f"{REFUSED} --preserve wikipedia", 1, ["--preserve"]),
     ("preserve: the lab's, as asked", f"{FRANCE} --preserve lab --no-show --out lab", 0,
      ["preserves the lab.s sentences"]),
-    ("preserve: a pickle", f"{FRANCE} --preserve pickle.txt --out no", 1, ["pickle.txt"]),
+    ("preserve: a pickle", f"{REFUSED} --preserve pickle.txt", 1, ["pickle.txt"]),
     ("a script without spaces", "intattn-edit edit japanese.csv --no-show --out ja", 0, ["saved"]),
     ("a chat template", "intattn-edit edit chat.jsonl --out chat", 0, ["1 of 1 edits\\s+took"]),
     ("probes without answers", "intattn-edit evaluate counterfact.json -d france", 0,
      ["locality:Neighborhood"]),
     ("trace of three rows", "intattn-edit trace three.csv --draws 2", 0, ["attn"]),
     ("alpha of three rows", "intattn-edit alpha three.csv --draws 2", 0, ["alpha"]),
-    ("cuda that is not there", f"{FRANCE} --device cuda --out no", 1, ["CUDA|cuda"]),
+    ("cuda that is not there", f"{REFUSED} --device cuda", 1, ["CUDA|cuda"]),
     ("device auto", f"{FRANCE} --device auto --no-show --out auto", 0, ["saved"]),
-    ("float16", f"{FRANCE} --dtype float16 --out no", 2, ["float32.*bfloat16"]),
+    ("float16", f"{REFUSED} --dtype float16", 2, ["float32.*bfloat16"]),
     ("one subject, four edits", "intattn-edit edit shared.csv --out shared", None,
      ["share|same subject", "sequence|merge"]),
     ("markup goes as text", "intattn-edit edit markup.csv --out markup", None, ["<b>Rome</b>"]),
@@ -162,10 +163,12 @@ def slim_wheel():
              'lm = load_lm("smollm2")\n'
              'fact = Edit("France", "The capital of France is", target_new="Rome")\n'
              "delta = IntAttn()(lm, [fact])\n"
-             "with delta.applied(lm): print(generate(lm, [fact.prompt], max_len=8, greedy=True)[0])\n")
+             "with delta.applied(lm):\n"
+             "    print(generate(lm, [fact.prompt], max_len=8, greedy=True)[0])\n")
     done = subprocess.run([sys.executable, "-c", lines], env=where, text=True, capture_output=True)
     out = done.stdout.strip().splitlines()
-    return "Rome" in done.stdout and "alone" in out[0], "\n".join(out) + done.stderr[-200:]*bool(done.returncode)
+    if done.returncode: return False, done.stderr[-300:]
+    return "Rome" in done.stdout and "alone" in out[0], "\n".join(out)
 
 def maintainer():
     "One command tests a notebook, one makes a release, one a pin: in a clone."
