@@ -91,7 +91,6 @@ LINES = [
     ("alpha of three rows", "intattn-edit alpha three.csv --draws 2", 0, ["alpha"]),
     ("cuda that is not there", f"{REFUSED} --device cuda", 1, ["CUDA|cuda"]),
     ("device auto", f"{FRANCE} --device auto --no-show --out auto", 0, ["saved"]),
-    ("float16", f"{REFUSED} --dtype float16", 2, ["float32.*bfloat16"]),
     ("one subject, four edits", "intattn-edit edit shared.csv --out shared", None,
      ["share|same subject", "sequence|merge"]),
     ("markup goes as text", "intattn-edit edit markup.csv --out markup", None, ["<b>Rome</b>"]),
