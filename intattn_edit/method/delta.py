@@ -189,7 +189,6 @@ class Delta:
             for name, (A, B) in self.factors.items(): add_update(lm, name, A, B)
             yield lm
         finally: _take_off(lm, entry)
-
     def save(self, folder: str | Path) -> None: # made if it is not there
         "Write delta.safetensors, which is all of it, and delta.json, a copy of its header to read."
         _save(self, Path(folder))

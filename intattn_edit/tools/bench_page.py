@@ -419,7 +419,6 @@ class Settings:
         origin = "changed by hand or from the trace" if moved else _origin(lm.name, method)
         what = _effect(self.editor(), lm) or f"{method} has no layers to choose here"
         self.meaning.value = tag("p", what, f"; {origin}.", class_="ia-hint")
-
     def refresh(
         self,
         busy: bool,  # whether a job is under way

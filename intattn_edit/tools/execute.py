@@ -265,9 +265,11 @@ class _Running:
                 self.again.add(run.title)
                 self.start(run)
 
-    def said(self): # each run, and what it printed last
-        return " | ".join(f"{run.title}: {_last_line(done)}" if _last_line(done) else run.title
-                          for run, done in self.processes.values())
+    def said(self):
+        "Each run; on a terminal, what it printed last, too."
+        if not sys.stderr.isatty(): return " | ".join(run.title for run in self.runs)
+        lines = [(run.title, _last_line(done)) for run, done in self.processes.values()]
+        return " | ".join(f"{title}: {line}" if line else title for title, line in lines)
 
     def stop(self):
         for p in self.processes: stop(p)
@@ -303,8 +305,7 @@ def run_all(
             while len(running.processes) < jobs and (run := _next(pending, running.runs)):
                 pending.remove(run)
                 if run.todo(): running.start(run)
-            live = sys.stderr.isatty() and hasattr(running, "said")
-            progress.show(running.said() if live else " | ".join(r.title for r in running.runs))
+            progress.show(running.said())
             time.sleep(.2)
             for run, error in running.failed():
                 if failed is None: raise RuntimeError(f"{run.title} failed.\n{error}")

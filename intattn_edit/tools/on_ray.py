@@ -221,6 +221,10 @@ class OnRay:
     @property
     def runs(self): return list(self.processes.values())
 
+    def said(self) -> str:
+        "Their titles: what they print stays where they run."
+        return " | ".join(run.title for run in self.runs)
+
     @property
     def slots(self): return self.cluster.slots
 
